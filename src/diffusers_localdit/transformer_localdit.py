@@ -1,0 +1,680 @@
+# Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
+"""
+LocalDiT: a PixArt-style diffusion transformer whose self-attention looks into shifted windows, with a global-context
+branch beside the local one.
+
+The computation is that of DATAGRID's released LocalDiT, quirks included. This file imports nothing of the package it
+lies in, because the same bytes are shipped in Hub repositories as remote code.
+
+Shape legend: B batch, H x W tokens (rows, columns), L = H * W, C width of the network, w window size, n windows,
+Hp x Wp the map padded to multiples of w, T text tokens.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import PixArtAlphaTextProjection, get_1d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle, RMSNorm
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+# The original masks by a large finite number: a row that is masked throughout becomes uniform instead of NaN.
+MASK_VALUE = -10000.0
+QK_NORM_EPS = 1e-10
+LAYER_NORM_EPS = 1e-6
+
+
+class WindowGeometry(NamedTuple):
+    """
+    Where the tokens of an H x W map go under one window shift. Every shift has tensors of the same shapes, so that all
+    blocks share one compiled graph. Index `L` stands for a token of zeros (padding).
+
+    Attributes:
+        map_to_token (`torch.Tensor` of shape `(Hp, Wp)`): the token at each place of the padded, rolled map.
+        window_to_map (`torch.Tensor` of shape `(n, w*w)`): the place in the flattened map of each window's members.
+        window_to_token (`torch.Tensor` of shape `(n, w*w)`): the token of each window's members.
+        token_to_window (`torch.Tensor` of shape `(L,)`): the place of each token in the flattened windows.
+        attention_mask (`torch.Tensor` of shape `(n, 1, w*w, w*w)`):
+            0 where query and key lie in one region of the map, -10000 where the roll brought strangers together.
+        relative_position (`torch.Tensor` of shape `(w*w, w*w)`): row of the relative position bias table.
+        rotary_cos, rotary_sin (`torch.Tensor` of shape `(L, 1, head_dim // 2)`, *optional*): rotary table.
+    """
+
+    map_to_token: torch.Tensor
+    window_to_map: torch.Tensor
+    window_to_token: torch.Tensor
+    token_to_window: torch.Tensor
+    attention_mask: torch.Tensor
+    relative_position: torch.Tensor
+    rotary_cos: torch.Tensor | None
+    rotary_sin: torch.Tensor | None
+
+
+class TokenMapGeometry(NamedTuple):
+    """
+    All that depends on the size of the token map alone.
+
+    Attributes:
+        pos_embed (`torch.Tensor` of shape `(L, C)`): absolute sine-cosine position embedding.
+        shifts (`tuple` of `w` [`WindowGeometry`]): one per window shift 0 .. w-1; layer i uses shift i mod w.
+    """
+
+    pos_embed: torch.Tensor
+    shifts: tuple[WindowGeometry, ...]
+
+
+# Geometry
+
+
+def to_windows(token_map: torch.Tensor, window_size: int) -> torch.Tensor:
+    """Cuts a map `(Hp, Wp)` into windows, row by row: `(n, w*w)`."""
+    rows, columns = token_map.shape[0] // window_size, token_map.shape[1] // window_size
+    windows = token_map.reshape(rows, window_size, columns, window_size).transpose(1, 2)
+    return windows.reshape(rows * columns, window_size * window_size)
+
+
+def shifted_region(length: int, window_size: int, shift: int, device: torch.device) -> torch.Tensor:
+    """
+    Labels the places of a rolled axis: 0 before the last window, 1 inside it, 2 what the roll brought round from the
+    start. Without a shift all places are one region.
+    """
+    position = torch.arange(length, device=device)
+    if shift == 0:
+        return torch.zeros_like(position)
+    return (position >= length - window_size).long() + (position >= length - shift).long()
+
+
+def relative_position_index(window_size: int, device: torch.device) -> torch.Tensor:
+    """Row of the `((2w-1)^2, heads)` bias table for each pair of places in a window, as in Swin: `(w*w, w*w)`."""
+    position = torch.arange(window_size, device=device)
+    offset = position[:, None] - position[None, :] + window_size - 1  # (w, w), 0 .. 2w-2
+    index = offset[:, None, :, None] * (2 * window_size - 1) + offset[None, :, None, :]  # query row, column, key ...
+    return index.reshape(window_size**2, window_size**2)
+
+
+def rotary_table(height: int, width: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cosines and sines by which the interleaved pairs of a head turn: the first `head_dim / 4` pairs by column *
+    theta_j, the rest by row * theta_j, theta_j = 10000^(-4j / head_dim). Two tensors `(L, 1, head_dim // 2)`.
+    """
+    theta = 10000.0 ** (-4.0 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * theta
+    columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * theta
+    angle = torch.cat(
+        [columns[None, :, :].expand(height, -1, -1), rows[:, None, :].expand(-1, width, -1)], dim=-1
+    ).reshape(height * width, 1, head_dim // 2)
+    return angle.cos(), angle.sin()
+
+
+def window_geometry(
+    height: int,
+    width: int,
+    window_size: int,
+    shift: int,
+    rotary: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
+    device: torch.device,
+) -> WindowGeometry:
+    """Geometry of an H x W token map that is padded at the bottom and right and rolled by `(-shift, -shift)`."""
+    padded_height = (height + window_size - 1) // window_size * window_size
+    padded_width = (width + window_size - 1) // window_size * window_size
+
+    row = (torch.arange(padded_height, device=device) + shift) % padded_height
+    column = (torch.arange(padded_width, device=device) + shift) % padded_width
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    map_to_token = torch.where(inside, row[:, None] * width + column[None, :], height * width)
+
+    place = torch.arange(padded_height * padded_width, device=device)
+    window_to_map = to_windows(place.reshape(padded_height, padded_width), window_size)
+    window_to_token = to_windows(map_to_token, window_size)
+    # Each token stands once in the windows and padding (index L) comes last: sorting by token inverts the map.
+    token_to_window = window_to_token.flatten().argsort(stable=True)[: height * width]
+
+    row_region = shifted_region(padded_height, window_size, shift, device)
+    column_region = shifted_region(padded_width, window_size, shift, device)
+    region = to_windows(3 * row_region[:, None] + column_region[None, :], window_size)  # (n, w*w)
+    attention_mask = (region[:, None, :, None] != region[:, None, None, :]) * MASK_VALUE
+
+    return WindowGeometry(
+        map_to_token,
+        window_to_map,
+        window_to_token,
+        token_to_window,
+        attention_mask,
+        relative_position_index(window_size, device),
+        *rotary,
+    )
+
+
+def sincos_pos_embed(
+    height: int, width: int, dim: int, base_size: int, interpolation_scale: float, device: torch.device
+) -> torch.Tensor:
+    """
+    PixArt's absolute position embedding `(L, dim)`, columns in the first half: positions are stretched to `base_size`
+    and divided by `interpolation_scale`. Always computed, never looked up by size, so that it compiles once.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32) / (height / base_size) / interpolation_scale
+    columns = torch.arange(width, device=device, dtype=torch.float32) / (width / base_size) / interpolation_scale
+    rows = get_1d_sincos_pos_embed_from_grid(dim // 2, rows)[:, None, :].expand(-1, width, -1)
+    columns = get_1d_sincos_pos_embed_from_grid(dim // 2, columns)[None, :, :].expand(height, -1, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(height * width, dim).float()
+
+
+def token_map_geometry(
+    height: int,
+    width: int,
+    dim: int,
+    head_dim: int,
+    window_size: int,
+    use_rope: bool,
+    base_size: int,
+    interpolation_scale: float,
+    device: torch.device,
+) -> TokenMapGeometry:
+    """Everything that a forward pass on an H x W token map needs and that is the same at each step."""
+    # Not an inference tensor even when first asked for in inference mode: training may reuse it.
+    with torch.inference_mode(False):
+        rotary = rotary_table(height, width, head_dim, device) if use_rope else (None, None)
+        pos_embed = sincos_pos_embed(height, width, dim, base_size, interpolation_scale, device)
+        shifts = tuple(
+            window_geometry(height, width, window_size, shift, rotary, device) for shift in range(window_size)
+        )
+    return TokenMapGeometry(pos_embed, shifts)
+
+
+cached_token_map_geometry = functools.lru_cache(maxsize=8)(token_map_geometry)
+
+
+# Attention
+
+
+def gather_tokens(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Takes tokens `(B, L, C)` by an index of any shape; index `L` gives zeros: `(B, *index.shape, C)`."""
+    padded = F.pad(hidden_states, (0, 0, 0, 1))
+    return padded.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """Turns the interleaved pairs (a, b) of `(B, L, heads, head_dim)` to (a cos - b sin, a sin + b cos)."""
+    if cos is None or sin is None:
+        return hidden_states
+    a, b = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(hidden_states.dtype)
+
+
+def window_attention_bias(table: torch.Tensor, geometry: WindowGeometry, batch_size: int) -> torch.Tensor:
+    """Relative position bias plus region mask: `(B*n, heads, w*w, w*w)`."""
+    bias = table[geometry.relative_position].permute(2, 0, 1)  # (heads, w*w, w*w)
+    bias = bias + geometry.attention_mask.to(table.dtype)  # (n, heads, w*w, w*w)
+    return bias[None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
+
+
+class LocalDiTWindowAttnProcessor:
+    r"""
+    Shifted-window attention with an optional global-context branch, through `scaled_dot_product_attention` (or the
+    attention backend that diffusers was told to use; backends that refuse masks cannot serve).
+
+    Stateless: the parameters are those of the attention module, the geometry is an argument.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "LocalDiTWindowAttention", hidden_states: torch.Tensor, geometry: WindowGeometry
+    ) -> torch.Tensor:
+        batch_size = hidden_states.shape[0]
+        query, key, value = attn.project(hidden_states)  # (B, L, C) each
+        query = self._normalize_and_rotate(attn, attn.norm_q, query, geometry)  # (B, L, C)
+        key = self._normalize_and_rotate(attn, attn.norm_k, key, geometry)
+
+        query_windows = gather_tokens(query, geometry.window_to_token)  # (B, n, w*w, C)
+        key_windows = gather_tokens(key, geometry.window_to_token)
+        value_windows = gather_tokens(value, geometry.window_to_token)
+        output = self._attend(
+            attn, query_windows, key_windows, value_windows, attn.rel_pos_bias, geometry
+        )  # (B, n*w*w, C)
+
+        if attn.global_context is not None:
+            context = attn.global_context
+            query_map = gather_tokens(query, geometry.map_to_token)  # (B, Hp, Wp, C)
+            for stage in context.query_stages:
+                query_map = stage(query_map)
+            query_windows = query_map.flatten(1, 2).index_select(1, geometry.window_to_map.flatten())
+            # Keys and values are both read from the rotated keys; padding (zeros) contributes the bias of the linear.
+            context_output = self._attend(
+                attn,
+                query_windows.view_as(key_windows),
+                context.to_k(key_windows),
+                context.to_v(key_windows),
+                context.rel_pos_bias,
+                geometry,
+            )
+            output = (output + context_output) / 2
+
+        output = output.view(batch_size, -1, output.shape[-1]).index_select(1, geometry.token_to_window)  # (B, L, C)
+        return attn.to_out[0](output)
+
+    @staticmethod
+    def _normalize_and_rotate(attn, norm: nn.Module, tokens: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
+        tokens = norm(tokens.unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
+        return apply_rotary(tokens, geometry.rotary_cos, geometry.rotary_sin).flatten(2)
+
+    def _attend(self, attn, query, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
+        batch_size = query.shape[0]
+        query, key, value = (x.flatten(0, 1).unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        output = dispatch_attention_fn(
+            query,
+            key,
+            value,  # (B*n, w*w, heads, head_dim)
+            attn_mask=window_attention_bias(bias_table, geometry, batch_size).to(query.dtype),
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return output.flatten(2)  # (B*n, w*w, C)
+
+
+class LocalDiTCrossAttnProcessor:
+    r"""Attention from image to text tokens with per-head RMSNorm on query and key."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "LocalDiTCrossAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states, encoder_hidden_states)  # (B, L, C), (B, T, C), (B, T, C)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+        output = dispatch_attention_fn(
+            attn.norm_q(query),
+            attn.norm_k(key),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](output.flatten(2))
+
+
+class GlobalContextQueryStage(nn.Module):
+    r"""x + pointwise(SE(GELU(depthwise(x)))), SE being a squeeze-and-excitation over the padded map; exact GELUs."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.squeeze = nn.Linear(dim, dim // 4, bias=False)
+        self.excite = nn.Linear(dim // 4, dim, bias=False)
+        self.pointwise = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, query_map: torch.Tensor) -> torch.Tensor:
+        features = F.gelu(self.depthwise(query_map.permute(0, 3, 1, 2)))  # (B, C, Hp, Wp)
+        gate = torch.sigmoid(self.excite(F.gelu(self.squeeze(features.mean(dim=(2, 3))))))  # (B, C)
+        features = (features * gate[:, :, None, None]).permute(0, 2, 3, 1)  # (B, Hp, Wp, C)
+        return query_map + self.pointwise(features)
+
+
+class LocalDiTGlobalContext(nn.Module):
+    r"""Parameters of the global-context branch: queries gathered by convolution, keys and values read from the keys."""
+
+    def __init__(self, dim: int, heads: int, window_size: int):
+        super().__init__()
+        self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
+        self.query_stages = nn.ModuleList([GlobalContextQueryStage(dim) for _ in range(2)])
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+
+
+class LocalDiTWindowAttention(nn.Module, AttentionModuleMixin):
+    r"""
+    Self-attention of LocalDiT. It adds its own input to what the processor returns: `attn(x) + x`.
+
+    Args:
+        dim (`int`): Width of the network.
+        heads (`int`): Number of heads.
+        window_size (`int`): Side of a window in tokens.
+        use_global_context (`bool`): Whether the global-context branch is there.
+    """
+
+    _default_processor_cls = LocalDiTWindowAttnProcessor
+    _available_processors = [LocalDiTWindowAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, window_size: int, use_global_context: bool):
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.is_cross_attention = False
+
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
+        self.global_context = LocalDiTGlobalContext(dim, heads, window_size) if use_global_context else None
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+        self.set_processor(self._default_processor_cls())
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.fused_projections:
+            return self.to_qkv(hidden_states).chunk(3, dim=-1)
+        return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+
+    def forward(self, hidden_states: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
+        return self.processor(self, hidden_states, geometry) + hidden_states
+
+
+class LocalDiTCrossAttention(nn.Module, AttentionModuleMixin):
+    r"""Cross-attention of LocalDiT, from image tokens to the projected text tokens."""
+
+    _default_processor_cls = LocalDiTCrossAttnProcessor
+    _available_processors = [LocalDiTCrossAttnProcessor]
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.is_cross_attention = True
+
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+        self.set_processor(self._default_processor_cls())
+
+    def project(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.fused_projections:
+            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        return self.to_q(hidden_states), key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+
+
+# Block and model
+
+
+class LocalDiTTransformerBlock(nn.Module):
+    r"""
+    PixArt's block (`ada_norm_single`) around LocalDiT's self-attention:
+
+        h = h + gate * attn(modulate(norm(h)))
+        h = h + cross_attn(h, text)
+        h = h + gate * ff(modulate(norm(h)))
+    """
+
+    def __init__(self, dim: int, heads: int, window_size: int, use_global_context: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
+        self.attn = LocalDiTWindowAttention(dim, heads, window_size, use_global_context)
+        self.cross_attn = LocalDiTCrossAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+        geometry: WindowGeometry,
+    ) -> torch.Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            self.scale_shift_table[None] + modulation  # (B, 6, C)
+        ).chunk(6, dim=1)  # (B, 1, C) each
+
+        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa  # (B, L, C)
+        hidden_states = hidden_states + gate_msa * self.attn(normed, geometry)
+        hidden_states = hidden_states + self.cross_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
+        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(normed)
+
+
+class LocalDiTPatchEmbed(nn.Module):
+    r"""Patches of a latent as tokens, with an absolute position embedding added."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latent: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
+        tokens = self.proj(latent).flatten(2).transpose(1, 2)  # (B, L, C)
+        return (tokens + pos_embed).to(tokens.dtype)
+
+
+class LocalDiTTransformer2DModel(
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
+    r"""
+    The transformer of LocalDiT: PixArt's diffusion transformer with shifted-window self-attention and a global-context
+    branch, as released by DATAGRID.
+
+    Args:
+        num_attention_heads (`int`, defaults to `16`): Number of heads of every attention.
+        attention_head_dim (`int`, defaults to `72`):
+            Channels of a head, a multiple of 4. `num_attention_heads * attention_head_dim` must be a multiple of 12.
+        in_channels (`int`, defaults to `4`): Channels of the latent.
+        out_channels (`int`, defaults to `4`): Channels of the output.
+        num_layers (`int`, defaults to `18`): Number of blocks. Block i shifts its windows by i modulo `window_size`.
+        patch_size (`int`, defaults to `2`): Side of a patch in latent pixels.
+        caption_channels (`int`, defaults to `4096`): Channels of the text embeddings.
+        sample_size (`int`, defaults to `128`):
+            Side of the latents that the model was trained on (pixels / 8). Sets the base grid of the position
+            embedding.
+        interpolation_scale (`float`, *optional*):
+            Divisor of the positions of the position embedding. By default `max(sample_size // 64, 1)`, PixArt's rule.
+        window_size (`int`, defaults to `4`): Side of an attention window in tokens.
+        use_global_context (`bool`, defaults to `True`): Whether self-attention has the global-context branch.
+        use_rope (`bool`, defaults to `True`): Whether self-attention turns query and key by rotary embedding.
+
+    Raises:
+        `ValueError`: If a size is not positive, or the head size or width is not a multiple as required above.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LocalDiTTransformerBlock", "LocalDiTPatchEmbed"]
+    _repeated_blocks = ["LocalDiTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        num_layers: int = 18,
+        patch_size: int = 2,
+        caption_channels: int = 4096,
+        sample_size: int = 128,
+        interpolation_scale: float | None = None,
+        window_size: int = 4,
+        use_global_context: bool = True,
+        use_rope: bool = True,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if min(dim, in_channels, out_channels, num_layers, patch_size, caption_channels, sample_size, window_size) < 1:
+            raise ValueError("Every size in the configuration of `LocalDiTTransformer2DModel` must be at least 1.")
+        if attention_head_dim % 4 != 0:
+            raise ValueError(
+                f"`attention_head_dim` must be a multiple of 4 (rotary embedding turns pairs by column and by row) but"
+                f" is {attention_head_dim}."
+            )
+        if dim % 12 != 0:
+            raise ValueError(
+                f"`num_attention_heads * attention_head_dim` must be a multiple of 12 (position and size embeddings"
+                f" share it) but is {dim}."
+            )
+        if interpolation_scale is None:
+            interpolation_scale = max(sample_size // 64, 1)
+        self.interpolation_scale = interpolation_scale
+
+        self.pos_embed = LocalDiTPatchEmbed(patch_size, in_channels, dim)
+        self.adaln_single = AdaLayerNormSingle(dim, use_additional_conditions=True)
+        self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [
+                LocalDiTTransformerBlock(dim, num_attention_heads, window_size, use_global_context)
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * out_channels)
+
+        self.gradient_checkpointing = False
+
+    def set_attn_processor(self, processor):
+        r"""
+        Sets the processors that compute attention.
+
+        Args:
+            processor (`object` or `dict[str, object]`):
+                One processor for every **self**-attention (cross-attention keeps its own, since its inputs differ), or
+                a `dict` with the keys of `attn_processors`.
+        """
+        if not isinstance(processor, dict):
+            processor = {
+                name: processor if name.endswith(".attn.processor") else current
+                for name, current in self.attn_processors.items()
+            }
+        super().set_attn_processor(processor)
+
+    def _geometry(self, height: int, width: int, device: torch.device) -> TokenMapGeometry:
+        config = self.config
+        # A compiled graph computes it; a cache would tie the graph to one size.
+        build = token_map_geometry if torch.compiler.is_compiling() else cached_token_map_geometry
+        return build(
+            height,
+            width,
+            dim=config.num_attention_heads * config.attention_head_dim,
+            head_dim=config.attention_head_dim,
+            window_size=config.window_size,
+            use_rope=config.use_rope,
+            base_size=config.sample_size // config.patch_size,
+            interpolation_scale=self.interpolation_scale,
+            device=device,
+        )
+
+    def _mark_dynamic(self, *block_inputs: torch.Tensor | WindowGeometry | None) -> None:
+        """
+        Tells a compiler of single blocks which sizes vary. Without this, sizes that happen to be equal on the first
+        call are taken to be one.
+        """
+        if torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is None:
+            return
+        for value in block_inputs:
+            tensors = value if isinstance(value, tuple) else (value,)
+            for tensor in tensors:
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor],
+        encoder_attention_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        r"""
+        Predicts the noise in a batch of latents.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`):
+                Noisy latents. Height and width may be any multiples of `patch_size`.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, caption_channels)`):
+                Text embeddings.
+            timestep (`torch.Tensor` of shape `(batch,)`): Denoising timesteps, 0 to 999.
+            added_cond_kwargs (`dict[str, torch.Tensor]`):
+                `resolution` of shape `(batch, 2)`: height and width in image pixels; `aspect_ratio` of shape
+                `(batch, 1)`: width / height, as LocalDiT was trained (PixArt's pipelines use height / width).
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, text_tokens)`, *optional*):
+                1 for text tokens to attend to, 0 for those to leave out (by adding -10000 to their scores).
+            attention_kwargs (`dict`, *optional*): `scale` sets the weight of LoRA layers.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
+
+        Returns:
+            [`Transformer2DModelOutput`] with `sample` of shape `(batch, out_channels, height, width)`, or a tuple with
+            that tensor.
+
+        Raises:
+            `ValueError`: If height or width is not a multiple of `patch_size`, or `added_cond_kwargs` lacks an entry.
+        """
+        batch_size, _, latent_height, latent_width = hidden_states.shape
+        patch_size = self.config.patch_size
+        if latent_height % patch_size != 0 or latent_width % patch_size != 0:
+            raise ValueError(
+                f"`hidden_states` must have a height and width that are multiples of the patch size {patch_size} but"
+                f" has {latent_height} x {latent_width}."
+            )
+        if added_cond_kwargs is None or not {"resolution", "aspect_ratio"} <= added_cond_kwargs.keys():
+            raise ValueError("`added_cond_kwargs` must hold `resolution` (batch, 2) and `aspect_ratio` (batch, 1).")
+        height, width = latent_height // patch_size, latent_width // patch_size
+        geometry = self._geometry(height, width, hidden_states.device)
+
+        # 1. Input
+        hidden_states = self.pos_embed(hidden_states, geometry.pos_embed)  # (B, L, C)
+        modulation, embedded_timestep = self.adaln_single(
+            timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+        )
+        modulation = modulation.unflatten(1, (6, -1))  # (B, 6, C)
+        encoder_hidden_states = self.caption_projection(encoder_hidden_states)  # (B, T, C)
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * MASK_VALUE
+            encoder_attention_mask = encoder_attention_mask[:, None, None, :]  # (B, 1, 1, T)
+
+        # 2. Blocks
+        for i, block in enumerate(self.transformer_blocks):
+            inputs = (
+                hidden_states,
+                encoder_hidden_states,
+                modulation,
+                encoder_attention_mask,
+                geometry.shifts[i % self.config.window_size],
+            )
+            self._mark_dynamic(*inputs)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
+            else:
+                hidden_states = block(*inputs)
+
+        # 3. Output
+        shift, scale = (self.scale_shift_table[None] + embedded_timestep[:, None]).chunk(2, dim=1)  # (B, 1, C)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        hidden_states = self.proj_out(hidden_states)  # (B, L, p*p*out)
+        hidden_states = hidden_states.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))
+        output = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, latent_height, latent_width)
+
+        if not return_dict:
+            return (output,)
+        return Transformer2DModelOutput(sample=output)
