@@ -1,0 +1,126 @@
+"""Reading checkpoint files that nobody vouches for, and writing results that are complete or not there at all."""
+
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt")
+SAFETENSORS_SUFFIX = ".safetensors"
+LFS_POINTER_START = b"version https://git-lfs"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be converted, or an output that cannot be written. The message is a single line."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """
+    Read a checkpoint without running any code of it; tensors are memory mapped where the format allows it.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A `.safetensors` file, or a `.pt`, `.pth` or `.ckpt` file written by `torch.save`.
+
+    Returns:
+        `Any`: What the file holds, normally a dictionary of tensors (possibly nested).
+
+    Raises:
+        `CheckpointError`: The file is missing, empty, truncated, of another kind, or a pickle that would run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a .safetensors, .pt, .pth or .ckpt file")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; expected a .safetensors, .pt, .pth or .ckpt file")
+    if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
+        raise CheckpointError(f"{path} ends in {path.suffix!r}; expected .safetensors, .pt, .pth or .ckpt")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER_START))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty")
+    if start == LFS_POINTER_START:
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` where it lies")
+    return _read_safetensors(path) if path.suffix == SAFETENSORS_SUFFIX else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # whatever a broken header makes the parser or torch raise
+        raise CheckpointError(f"{path} is no complete safetensors file ({one_line(error)})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    # The format before PyTorch 1.6 is no zip and cannot be mapped.
+    mappable = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd pickle protocols precede the error itself
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except pickle.UnpicklingError as error:
+        # Both a refusal and plain garbage arrive here; only a refusal names what the pickle wanted to call.
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise CheckpointError(f"{path} is no complete PyTorch checkpoint (its pickle cannot be read)") from error
+        raise CheckpointError(
+            f"{path} is refused: its pickle asks for {wanted[1]}, and loading that would run code; ask its author for "
+            "a .safetensors file, or for the state_dict alone saved with torch.save"
+        ) from error
+    except Exception as error:  # whatever a truncated or hostile archive makes the reader raise
+        raise CheckpointError(f"{path} is no complete PyTorch checkpoint ({one_line(error)})") from error
+
+
+@contextmanager
+def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """
+    Give a path to write a file or folder to, which becomes `output` only if the block ends without an exception.
+
+    Args:
+        output (`str` or `os.PathLike`):
+            Where the result will be. Missing parent folders are made at the end.
+        overwrite (`bool`, defaults to `False`):
+            Whether an `output` that exists is replaced, after the block has succeeded.
+
+    Yields:
+        `Path`: A path that does not exist yet, on the same file system as `output`.
+
+    Raises:
+        `CheckpointError`: `output` exists and `overwrite` is off, or something cannot be written.
+    """
+    output = Path(os.path.abspath(output))
+    if os.path.lexists(output) and not overwrite:
+        raise CheckpointError(f"{output} exists; choose another output or pass --overwrite")
+    anchor = next(parent for parent in output.parents if parent.exists())
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=anchor))
+        yield scratch / output.name
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(output):
+            os.rename(output, scratch / "replaced")
+        os.rename(scratch / output.name, output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
