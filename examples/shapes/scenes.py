@@ -208,22 +208,26 @@ def place(spec: Spec, rng: np.random.Generator, size: int = IMAGE_SIZE) -> tuple
         radii = [rng.uniform(*COUNTED_RADII)] * spec.count
     else:
         radii = [rng.uniform(*RADII[item.size]) for item in items]
-    if spec.kind == "relation":
-        centres = _place_beside(rng, radii, spec.relation, size)
-    else:
-        centres = _scatter(rng, radii, size)
+    beside = spec.kind == "relation"
+    centres = _place_beside(rng, radii, spec.relation, size) if beside else _scatter(rng, radii, size)
     return tuple(Placed(item, float(x), float(y), radius) for item, (x, y), radius in zip(items, centres, radii))
 
 
-def sample_scene(rng: np.random.Generator, kind: str | None = None, held_out: bool = False) -> Scene:
-    """Draws a scene; of `kind` or of all kinds in the shares of `KINDS`, from the held-out captions or the others."""
+def sample_caption(rng: np.random.Generator, kind: str | None = None, held_out: bool = False) -> tuple[Spec, str]:
+    """Draws a caption; of `kind` or of all kinds in the shares of `KINDS`, from the held-out tenth or the others."""
     if kind is None:
         kind = _choice(rng, KINDS, p=tuple(KINDS.values()))
     while True:
         spec = sample_spec(rng, kind)
         caption = write_caption(spec, rng)
         if is_held_out(caption) == held_out:
-            return Scene(spec, place(spec, rng), caption)
+            return spec, caption
+
+
+def sample_scene(rng: np.random.Generator, kind: str | None = None, held_out: bool = False) -> Scene:
+    """Draws a caption like `sample_caption` and a picture that it describes."""
+    spec, caption = sample_caption(rng, kind, held_out)
+    return Scene(spec, place(spec, rng), caption)
 
 
 def render(scene: Scene, size: int = IMAGE_SIZE) -> Image.Image:

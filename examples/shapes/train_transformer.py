@@ -1,0 +1,174 @@
+"""Trains the LocalDiT of localdit-shapes on the latents of `make_latents.py`. Run again to resume.
+
+The objective is the original's: epsilon mean squared error at uniform timesteps, caption dropout 0.1, EMA. The optimiser
+is Muon for the matrices of the blocks and AdamW for everything else: on two CPU cores steps are what is scarce.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.training_utils import EMAModel
+from make_latents import load_latents
+from torch import nn
+from tqdm import tqdm
+
+from diffusers_localdit import LocalDiTTransformer2DModel
+
+CAPTION_DROPOUT = 0.1
+
+
+def build_transformer(caption_channels: int) -> LocalDiTTransformer2DModel:
+    """Six blocks, so that all four window shifts occur, on 8 x 8 tokens."""
+    transformer = LocalDiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=24,
+        num_layers=6,
+        caption_channels=caption_channels,
+        sample_size=16,
+    )
+    initialize_weights(transformer)
+    return transformer
+
+
+def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
+    """PixArt's initialisation: Xavier linears; small normals for the embedders; blocks start without cross-attention."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    embedders = [transformer.adaln_single, transformer.caption_projection]
+    for module in (module for embedder in embedders for module in embedder.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
+    for block in transformer.transformer_blocks:
+        nn.init.zeros_(block.cross_attn.to_out[0].weight)
+    nn.init.zeros_(transformer.proj_out.weight)
+
+
+def build_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in transformer.named_parameters() if "transformer_blocks" in name and name_is_matrix(name)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in transformer.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99)),
+    ]
+
+
+def name_is_matrix(name: str) -> bool:
+    """Weights of linears; not convolutions, bias tables and modulation tables, which are no linear maps."""
+    return name.endswith(".weight") and "norm" not in name and "depthwise" not in name
+
+
+def learning_rate_factor(step: int, warmup: int, steps: int, decay: int) -> float:
+    """Warm-up, plateau, linear decay to zero."""
+    return max(min((step + 1) / warmup, 1.0, (steps - step) / decay), 0.0)
+
+
+def diffusion_loss(transformer, scheduler, latents, text, mask, generator) -> torch.Tensor:
+    """Mean squared error of the predicted noise (DDPM, epsilon) at uniform timesteps."""
+    batch_size = len(latents)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    pixels = float(latents.shape[-1] * 8)
+    sample = transformer(
+        scheduler.add_noise(latents, noise, timesteps),
+        encoder_hidden_states=text,
+        timestep=timesteps,
+        added_cond_kwargs={
+            "resolution": torch.full((batch_size, 2), pixels),
+            "aspect_ratio": torch.ones(batch_size, 1),
+        },
+        encoder_attention_mask=mask,
+    ).sample
+    return F.mse_loss(sample, noise)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("out/shapes"), help="folder that make_latents.py wrote")
+    parser.add_argument("--output", type=Path, default=Path("out/shapes/transformer"))
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--decay-steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.998)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    data = load_latents(args.data)
+    transformer = build_transformer(data.embeddings.shape[-1])
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=3 / 4)
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    transformer, *optimizers = accelerator.prepare(transformer, *build_optimizers(transformer, args.learning_rate))
+
+    state_file = args.output / "training_state.pt"
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True, mmap=False)
+        transformer.load_state_dict(state["transformer"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(optimizer_state)
+        step = state["step"]
+
+    def save():
+        args.output.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": step,
+            "transformer": transformer.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        }
+        temporary = state_file.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, state_file)
+        ema.store(transformer.parameters())
+        ema.copy_to(transformer.parameters())
+        transformer.save_pretrained(args.output)
+        ema.restore(transformer.parameters())
+
+    progress = tqdm(total=args.steps, initial=step, mininterval=10)
+    mean_loss, started = 0.0, time.time()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "metrics.jsonl").open("a") as metrics:
+        while step < args.steps:
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.learning_rate * learning_rate_factor(step, 200, args.steps, args.decay_steps)
+            latents, text, mask = data.batch(args.batch_size, CAPTION_DROPOUT, generator)
+            loss = diffusion_loss(transformer, scheduler, latents, text, mask, generator)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(transformer.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            ema.step(transformer.parameters())
+            step += 1
+            mean_loss = loss.item() if step == 1 else mean_loss + 0.01 * (loss.item() - mean_loss)
+            progress.update()
+            if step % 50 == 0:
+                progress.set_postfix(loss=f"{mean_loss:.4f}", norm=f"{norm:.2f}")
+                record = {"step": step, "loss": round(mean_loss, 5), "seconds": round(time.time() - started)}
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+            if step % args.save_every == 0 or step == args.steps:
+                save()
+
+
+if __name__ == "__main__":
+    main()
