@@ -43,9 +43,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         `CheckpointError`: The file is missing, empty, truncated, of another kind, or a pickle that would run code.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; expected a .safetensors, .pt, .pth or .ckpt file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path} does not exist; expected a .safetensors, .pt, .pth or .ckpt file")
     if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
         raise CheckpointError(f"{path} ends in {path.suffix!r}; expected .safetensors, .pt, .pth or .ckpt")
@@ -110,17 +110,27 @@ def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterato
     output = Path(os.path.abspath(output))
     if os.path.lexists(output) and not overwrite:
         raise CheckpointError(f"{output} exists; choose another output or pass --overwrite")
-    anchor = next(parent for parent in output.parents if parent.exists())
+    anchor = next(parent for parent in output.parents if os.path.exists(parent))
     scratch = None
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=anchor))
         yield scratch / output.name
         output.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(output):
-            os.rename(output, scratch / "replaced")
-        os.rename(scratch / output.name, output)
+        _move_into_place(scratch / output.name, output, aside=scratch / "replaced")
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into_place(new: Path, output: Path, aside: Path) -> None:
+    replaced = os.path.lexists(output)
+    if replaced:
+        os.rename(output, aside)
+    try:
+        os.rename(new, output)
+    except OSError:
+        if replaced:
+            os.rename(aside, output)
+        raise

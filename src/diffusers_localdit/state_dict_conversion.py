@@ -2,9 +2,10 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +13,11 @@ from torch import nn
 from .checkpoint_io import CheckpointError, one_line
 from .key_mapping import DTYPES, Row, count_layers, key_table, some, unwrap
 
+if TYPE_CHECKING:
+    from .transformer_localdit import LocalDiTTransformer2DModel
+
 DEFAULT_WINDOW_SIZE = 4
+REPORT_WIDTH = 90
 
 # What the file shows of the global-context branch, and what each wish then comes to. A wish that contradicts the file
 # is an error. `none` is refused where the branch is there: the original ran with it, and halved the sum.
@@ -47,6 +52,7 @@ class ConversionReport:
     dead_keys: int
     dead_numbers: int
     zero_tables: int
+    outcome: str  # what became of the global branch: keep, fold, none or seed
     global_context: str
     parameters: int
     dtype: str
@@ -71,7 +77,12 @@ class ConversionReport:
             *(("remark", remark) for remark in self.remarks),
             ("written to", self.output),
         ]
-        return "\n".join(f"{label:<15} {text}" for label, text in lines if text is not None)
+        return "\n".join(_labelled(label, text) for label, text in lines if text is not None)
+
+
+def _labelled(label: str, text: str) -> str:
+    paragraph = textwrap.wrap(text, width=REPORT_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{label:<15} " + ("\n" + 16 * " ").join(paragraph)
 
 
 def convert_state_dict(
@@ -83,7 +94,7 @@ def convert_state_dict(
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], ConversionReport]:
     """
-    Convert the tensors of an original checkpoint. They stay views of it, memory mapped if it is, where nothing changes.
+    Convert the tensors of an original checkpoint. Where nothing changes they stay views of it, memory mapped if it is.
 
     Args:
         checkpoint (`Any`):
@@ -96,9 +107,9 @@ def convert_state_dict(
             Whether the original ran with rotary embedding; no file tells it.
         global_context (`str`, defaults to `"auto"`):
             `"keep"` (the branch is in the file), `"fold"` (put its expected effect, a factor 1/2, into
-            `to_out.0.weight` and leave it out), `"none"` (the original ran with it off), `"seed:N"` (initialise it with
-            seed `N`, as the original does on every load), or `"auto"`: keep if it is there, none if only local bias
-            tables are, else fold.
+            `to_out.0.weight` and leave it out), `"none"` (the original ran with it off), `"seed:N"` (initialise it
+            under seed `N`, as the original does without one on every load), or `"auto"`: keep if it is there, none if
+            only local bias tables are, else fold.
         dtype (`torch.dtype`, *optional*):
             `torch.float32`, `torch.bfloat16` or `torch.float16`. By default as in the file.
 
@@ -114,16 +125,15 @@ def convert_state_dict(
         raise CheckpointError(f"dtype is {dtype}; expected one of {', '.join(DTYPES.values())}")
     tensors, found_in = unwrap(checkpoint)
     plan = plan_conversion(tensors, window_size, sample_size, use_rope, global_context)
-    template = _meta_state_dict({**plan.config, "use_global_context": True})
+    template = model_without_weights({**plan.config, "use_global_context": True}).state_dict()
     file_dtype = tensors["transformer_blocks.0.attn1.to_qkv.weight"].dtype
-    if plan.outcome == "seed":
-        tensors |= seeded_branch(plan.config, plan.seed, file_dtype)
+    branch = seeded_branch(plan.config, plan.seed, file_dtype) if plan.outcome == "seed" else {}
 
     state_dict: dict[str, torch.Tensor] = {}
-    kept, dead, dropped, zero_tables = [], [], [], 0
+    dead, dropped, zero_tables = [], [], 0
     for row in plan.rows:
         wanted = row.part != "dead" and (plan.config["use_global_context"] or "global_context" not in row.ours[0])
-        tensor = tensors.get(row.original)
+        tensor = tensors.get(row.original, branch.get(row.original))
         if tensor is None:
             if wanted:  # only bias tables get here: `plan_conversion` refuses a file without anything else
                 zero_tables += 1
@@ -133,7 +143,6 @@ def convert_state_dict(
         if not wanted:
             (dead if row.part == "dead" else dropped).append(tensor.numel())
             continue
-        kept.append(row.original)
         _require_finite(row.original, tensor)
         if plan.outcome == "fold" and row.original.endswith("attn1.to_out.0.weight"):
             tensor = tensor / 2  # the bias is added after the mean of local and global, and stays
@@ -141,10 +150,11 @@ def convert_state_dict(
 
     report = ConversionReport(
         found_in=found_in,
-        kept_keys=len(kept),
+        kept_keys=len(tensors) - len(dead) - len(dropped),
         dead_keys=len(dead),
         dead_numbers=sum(dead),
         zero_tables=zero_tables,
+        outcome=plan.outcome,
         global_context=_explain_global_context(plan, state_dict, sum(dropped)),
         parameters=sum(tensor.numel() for tensor in state_dict.values()),
         dtype=" and ".join(sorted({DTYPES[tensor.dtype] for tensor in state_dict.values()})),
@@ -193,8 +203,8 @@ def _refuse_other_models(names: Mapping[str, Any]) -> None:
     ends = {name.partition(".attn")[2] for name in names}
     if "1.to_q.weight" in ends and not ends & {"1.to_qkv.weight", "1.norm_q.weight"}:
         raise CheckpointError(
-            "this is a full-attention PixArt-alpha/Sigma transformer (its self-attention has no to_qkv and no query and "
-            "key norms), not a LocalDiT; load it with diffusers' PixArtTransformer2DModel"
+            "this is a full-attention PixArt-alpha/Sigma transformer (its self-attention has no to_qkv and no query "
+            "and key norms), not a LocalDiT; load it with diffusers' PixArtTransformer2DModel"
         )
     if any(name.startswith("blocks.0.attn.qkv.") for name in names):
         raise CheckpointError(
@@ -262,12 +272,13 @@ def _window_size(window_size: int | None, table_rows: int | None) -> int:
     return (side + 1) // 2
 
 
-def _meta_state_dict(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def model_without_weights(config: Mapping[str, Any]) -> "LocalDiTTransformer2DModel":
+    """The model on the meta device; a `CheckpointError` if there is no such model."""
     from .transformer_localdit import LocalDiTTransformer2DModel
 
     try:
         with torch.device("meta"):
-            return LocalDiTTransformer2DModel(**config).state_dict()
+            return LocalDiTTransformer2DModel(**config)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"the sizes make no LocalDiT: {one_line(error)}") from error
 
