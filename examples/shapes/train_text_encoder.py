@@ -34,7 +34,7 @@ HEADS = {
 
 
 def train_tokenizer(captions: list[str], output: Path, vocab_size: int = 200) -> T5Tokenizer:
-    """Saves a sentencepiece unigram tokenizer of `captions` and the printable characters, in lower case, to `output`."""
+    """Saves a lower-case sentencepiece unigram tokenizer of `captions` and all printable characters to `output`."""
     # The trainer finds a whole word only where it is seen with different endings, so every word also comes with marks.
     words = sorted({word for caption in captions for word in caption.split()})
     marked = [f"{word}{mark}" for word in words for mark in ",.!?" for _ in range(100)]
@@ -114,13 +114,17 @@ def labelled_batch(rng: np.random.Generator, tokenizer: T5Tokenizer, batch_size:
     tokens = tokenizer(
         [caption for _, caption in drawn], padding=True, return_offsets_mapping=True, return_tensors="pt"
     )
-    labels = torch.full((*tokens.input_ids.shape, len(HEADS)), -100)
-    for row, (spec, caption) in enumerate(drawn):
-        for column in range(int(tokens.attention_mask[row].sum())):
-            offset = tokens.offset_mapping[row, column].tolist()
-            item = object_of_token(caption, spec, offset) if spec else None
-            labels[row, column] = torch.tensor(answers(spec, item))
-    return tokens.input_ids, tokens.attention_mask, labels
+    ignored = [-100] * len(HEADS)  # padding
+    labels = [
+        [
+            answers(spec, object_of_token(caption, spec, offset) if spec else None) if kept else ignored
+            for offset, kept in zip(offsets, mask)
+        ]
+        for (spec, caption), offsets, mask in zip(
+            drawn, tokens.offset_mapping.tolist(), tokens.attention_mask.tolist()
+        )
+    ]
+    return tokens.input_ids, tokens.attention_mask, torch.tensor(labels)
 
 
 def main():
