@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
+# Arguments of the command line that say how to read an original, with their defaults.
+READING_DEFAULTS = {
+    "window_size": None,
+    "sample_size": 128,
+    "no_rope": False,
+    "global_context": "auto",
+    "dtype": None,
+    "pipeline_from": None,
+}
+
 
 def convert_checkpoint(
     checkpoint: str | os.PathLike,
@@ -240,11 +250,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="original .pt, .pth, .ckpt or .safetensors file")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--window-size", type=int, help="tokens on a window's side (default: as the file says, or 4)")
-    parser.add_argument("--sample-size", type=int, default=128, help="training pixels / 8 (default: %(default)s)")
+    parser.add_argument("--sample-size", type=int, help="training pixels / 8 (default: %(default)s)")
     parser.add_argument("--no-rope", action="store_true", help="the original ran without rotary embedding")
     parser.add_argument(
         "--global-context",
-        default="auto",
         metavar="auto|keep|fold|none|seed:N",
         help="what becomes of the global-context branch (default: keep it if it is in the file, else fold)",
     )
@@ -260,11 +269,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the other way: CHECKPOINT is a converted folder, OUTPUT the file to write in the original's layout",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT once the new one is complete")
+    parser.set_defaults(**READING_DEFAULTS)
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out what `add_arguments` parsed and print a report; raises `CheckpointError`."""
     if args.to_original:
+        for name, default in READING_DEFAULTS.items():
+            if getattr(args, name) != default:
+                raise CheckpointError(f"--{name.replace('_', '-')} has no meaning with --to-original; leave it out")
         written = to_original(args.checkpoint, args.output, overwrite=args.overwrite)
         print(f"{len(written)} keys of the original's layout written to {args.output}")
         return

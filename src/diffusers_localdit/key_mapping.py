@@ -167,7 +167,7 @@ def unwrap(checkpoint: Any) -> tuple[dict[str, torch.Tensor], str]:
 def _require_dense(name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
-            f"{name} is no tensor but {type(tensor).__name__}; expected nothing but tensors beside it"
+            f"{name} is {type(tensor).__name__}; expected a tensor, like everything in its dictionary"
         )
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not dense or tensor.dtype not in DTYPES:

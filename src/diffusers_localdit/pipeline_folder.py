@@ -91,9 +91,7 @@ def _component_folder(source: str | os.PathLike) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["model_index.json", *patterns]))
     except Exception as error:  # a wrong name, no such repository, no access, no network
-        raise CheckpointError(
-            f"{source} is no folder and cannot be fetched from the Hub: {one_line(error)}"
-        ) from error
+        raise CheckpointError(f"{source} is no folder and no repository within reach: {one_line(error)}") from error
 
 
 def _require_fit(component: Path, config: Mapping[str, Any]) -> None:
