@@ -1,7 +1,6 @@
 """Trains the LocalDiT of localdit-shapes on the latents of `make_latents.py`. Run again to resume.
 
-The objective is the original's: epsilon mean squared error at uniform timesteps, caption dropout 0.1, EMA. The optimiser
-is Muon for the matrices of the blocks and AdamW for everything else: on two CPU cores steps are what is scarce.
+The objective is the original's: epsilon mean squared error at uniform timesteps, AdamW, caption dropout 0.1, EMA.
 """
 
 import argparse
@@ -54,21 +53,6 @@ def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
     nn.init.zeros_(transformer.proj_out.weight)
 
 
-def build_optimizers(transformer: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in transformer.named_parameters() if "transformer_blocks" in name and name_is_matrix(name)]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in transformer.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.99)),
-    ]
-
-
-def name_is_matrix(name: str) -> bool:
-    """Weights of linears; not convolutions, bias tables and modulation tables, which are no linear maps."""
-    return name.endswith(".weight") and "norm" not in name and "depthwise" not in name
-
-
 def learning_rate_factor(step: int, warmup: int, steps: int, decay: int) -> float:
     """Warm-up, plateau, linear decay to zero."""
     return max(min((step + 1) / warmup, 1.0, (steps - step) / decay), 0.0)
@@ -100,7 +84,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--decay-steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--ema-decay", type=float, default=0.998)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
@@ -113,16 +97,18 @@ def main():
     transformer = build_transformer(data.embeddings.shape[-1])
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=3 / 4)
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
-    transformer, *optimizers = accelerator.prepare(transformer, *build_optimizers(transformer, args.learning_rate))
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
 
     state_file = args.output / "training_state.pt"
     step = 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True, mmap=False)
+        state = torch.load(state_file, weights_only=True)
         transformer.load_state_dict(state["transformer"])
         ema.load_state_dict(state["ema"])
-        for optimizer, optimizer_state in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(optimizer_state)
+        optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
 
     def save():
@@ -131,7 +117,7 @@ def main():
             "step": step,
             "transformer": transformer.state_dict(),
             "ema": ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "optimizer": optimizer.state_dict(),
         }
         temporary = state_file.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -147,16 +133,14 @@ def main():
     with (args.output / "metrics.jsonl").open("a") as metrics:
         while step < args.steps:
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * learning_rate_factor(step, 200, args.steps, args.decay_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * learning_rate_factor(step, 200, args.steps, args.decay_steps)
             latents, text, mask = data.batch(args.batch_size, CAPTION_DROPOUT, generator)
             loss = diffusion_loss(transformer, scheduler, latents, text, mask, generator)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(transformer.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             ema.step(transformer.parameters())
             step += 1
             mean_loss = loss.item() if step == 1 else mean_loss + 0.01 * (loss.item() - mean_loss)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -206,7 +207,7 @@ def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: tor
     """Turns the interleaved pairs (a, b) of `(B, L, heads, head_dim)` to (a cos - b sin, a sin + b cos)."""
     if cos is None or sin is None:
         return hidden_states
-    a, b = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)  # the float32 table promotes lower precisions
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(hidden_states.dtype)
 
 
@@ -326,7 +327,7 @@ class GlobalContextQueryStage(nn.Module):
 
 
 class LocalDiTGlobalContext(nn.Module):
-    r"""Parameters of the global-context branch: queries gathered by convolution, keys and values read from the keys."""
+    r"""Parameters of the global-context branch: queries through convolutions, keys and values read from the keys."""
 
     def __init__(self, dim: int, heads: int, window_size: int):
         super().__init__()
@@ -453,6 +454,12 @@ class LocalDiTTransformerBlock(nn.Module):
         hidden_states = hidden_states + self.cross_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
         normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
         return hidden_states + gate_mlp * self.ff(normed)
+
+
+# diffusers' caching hooks look the block up here. `register` would import every model that diffusers has.
+TransformerBlockRegistry._registry[LocalDiTTransformerBlock] = TransformerBlockMetadata(
+    return_hidden_states_index=0, return_encoder_hidden_states_index=None, _cls=LocalDiTTransformerBlock
+)
 
 
 class LocalDiTPatchEmbed(nn.Module):

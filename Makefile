@@ -1,0 +1,23 @@
+# make demo: pictures from prompts; make test: the whole test suite; make style: format and lint.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test style
+
+# torch comes first and by its exact pin, so that nothing else decides which build is taken.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/contact_sheet.py --output out/contact_sheet.png
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+style: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

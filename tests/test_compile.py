@@ -1,0 +1,49 @@
+"""One compiled graph serves all shifts, steps and sizes. `aot_eager` traces fully without compiling C++."""
+
+import pytest
+import torch
+from transformer_inputs import random_inputs, relative_error, tiny_transformer
+
+# Height, width and text tokens: square and not, windows that fit and not, one of the sizes turned round.
+SIZES = [(16, 16, 7), (16, 24, 7), (24, 16, 7), (20, 12, 9), (32, 32, 12), (18, 26, 5), (40, 16, 7)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def outputs(model):
+    with torch.no_grad():
+        for height, width, text_tokens in SIZES:
+            for seed in range(2):
+                inputs = random_inputs(height, width, text_tokens=text_tokens, seed=seed)
+                inputs["timestep"] = inputs["timestep"] - seed
+                yield model(**inputs).sample
+
+
+def assert_close_to_eager(compiled):
+    for actual, expected in zip(outputs(compiled), outputs(tiny_transformer())):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_repeated_blocks_share_one_graph():
+    torch._dynamo.utils.counters.clear()
+    model = tiny_transformer()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_close_to_eager(model)
+    assert graphs() == 1
+
+
+def test_whole_model_is_one_graph():
+    torch._dynamo.utils.counters.clear()
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        model = tiny_transformer()
+        assert_close_to_eager(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True))
+    assert graphs() == 1

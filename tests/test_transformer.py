@@ -1,0 +1,243 @@
+"""What the whole transformer must hold, whatever its weights."""
+
+import gc
+import json
+
+import pytest
+import torch
+from diffusers.utils import is_peft_available
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
+
+from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.transformer_localdit import (
+    LocalDiTWindowAttnProcessor,
+    cached_token_map_geometry,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_transformer()
+
+
+@given(height=st.integers(1, 14), width=st.integers(1, 14))
+@settings(max_examples=20, deadline=None)
+@torch.no_grad()
+def test_any_size_keeps_its_shape(model, height, width):
+    inputs = random_inputs(2 * height, 2 * width, batch_size=1)
+    sample = model(**inputs).sample
+    assert sample.shape == (1, 4, 2 * height, 2 * width)
+    assert sample.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_size_does_not_leak_into_its_transpose(model):
+    # The original caches its rotary table by the number of tokens alone.
+    cached_token_map_geometry.cache_clear()
+    tall, wide = random_inputs(24, 16), random_inputs(16, 24)
+    model(**tall)
+    after = model(**wide).sample
+    cached_token_map_geometry.cache_clear()
+    assert torch.equal(model(**wide).sample, after)
+
+
+@torch.no_grad()
+def test_batch_mates_do_not_matter(model):
+    inputs = random_inputs(20, 12, batch_size=5)
+    together = model(**inputs).sample
+    for i in range(5):
+        alone = model(**map_tensors(lambda tensor, i=i: tensor[i : i + 1], inputs)).sample
+        assert relative_error(alone, together[i : i + 1]) < 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_transformer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        sample = model(**random_inputs()).sample
+        sample.square().mean().backward()
+        results.append([sample.detach(), *(parameter.grad for parameter in model.parameters())])
+    for plain, checkpointed in zip(*results):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_every_parameter_gets_a_gradient(model):
+    model.zero_grad()
+    model(**random_inputs()).sample.square().mean().backward()
+    dead = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert dead == []
+    model.zero_grad()
+
+
+def test_save_and_load_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = LocalDiTTransformer2DModel.from_pretrained(tmp_path)
+    public = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    assert {name: loaded.config[name] for name in public} == public
+    with torch.no_grad():
+        assert torch.equal(loaded(**random_inputs()).sample, model(**random_inputs()).sample)
+
+
+def test_from_config(model, tmp_path):
+    model.save_config(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rebuilt = LocalDiTTransformer2DModel.from_config(config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert {name: value.shape for name, value in rebuilt.state_dict().items()} == shapes
+
+
+@torch.no_grad()
+def test_large_inputs_do_not_overflow_in_half_precision(model):
+    inputs = random_inputs()
+    inputs["hidden_states"] = 30 * inputs["hidden_states"].sign()
+    inputs["encoder_hidden_states"] = 30 * inputs["encoder_hidden_states"].sign()
+    expected = model(**inputs).sample
+    half = tiny_transformer().half()
+    added = inputs.pop("added_cond_kwargs")
+    inputs = map_tensors(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor, inputs)
+    assert relative_error(half(**inputs, added_cond_kwargs=added).sample, expected) < 2e-2
+
+
+@torch.no_grad()
+def test_fused_projections_change_nothing(model):
+    expected = model(**random_inputs()).sample
+    model.fuse_qkv_projections()
+    assert "transformer_blocks.0.attn.to_qkv.weight" in model.state_dict()
+    assert "transformer_blocks.0.cross_attn.to_kv.weight" in model.state_dict()
+    fused = model(**random_inputs()).sample
+    model.unfuse_qkv_projections()
+    assert relative_error(fused, expected) < 1e-6
+    assert torch.equal(model(**random_inputs()).sample, expected)
+
+
+class DoublingProcessor(LocalDiTWindowAttnProcessor):
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+
+
+@torch.no_grad()
+def test_processors_are_set_on_self_attention_and_replaced(model):
+    expected = model(**random_inputs()).sample
+    original = dict(model.attn_processors)
+    assert len(original) == 2 * len(model.transformer_blocks)
+
+    model.set_attn_processor(DoublingProcessor())
+    kinds = {name: type(processor) for name, processor in model.attn_processors.items()}
+    doubled = {name for name, kind in kinds.items() if kind is DoublingProcessor}
+    assert doubled == {f"transformer_blocks.{i}.attn.processor" for i in range(len(model.transformer_blocks))}
+    assert relative_error(model(**random_inputs()).sample, expected) > 1e-3
+
+    model.set_attn_processor(original)
+    assert torch.equal(model(**random_inputs()).sample, expected)
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "native"])
+@torch.no_grad()
+def test_attention_backends_agree(model, backend):
+    expected = model(**random_inputs()).sample
+    model.set_attention_backend(backend)
+    actual = model(**random_inputs()).sample
+    model.reset_attention_backend()
+    assert relative_error(actual, expected) < 1e-5
+
+
+@torch.no_grad()
+def test_geometry_is_built_once_per_size_and_not_kept_without_bound(model):
+    cached_token_map_geometry.cache_clear()
+    for _ in range(3):
+        model(**random_inputs(16, 16))
+        model(**random_inputs(16, 24))
+    assert cached_token_map_geometry.cache_info().misses == 2
+    for width in range(2, 60, 2):
+        model._geometry(4, width, torch.device("cpu"))
+    info = cached_token_map_geometry.cache_info()
+    assert info.currsize == info.maxsize <= 8
+
+
+def test_geometry_of_inference_mode_serves_training(model):
+    cached_token_map_geometry.cache_clear()
+    with torch.inference_mode():
+        model(**random_inputs())
+    model(**random_inputs()).sample.sum().backward()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_no_tensor_of_tokens_by_tokens():
+    # 64 x 64 tokens: everything that a forward pass makes stays far below L * L numbers.
+    model = tiny_transformer(num_layers=4)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(output):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return output
+
+    cached_token_map_geometry.cache_clear()
+    with Largest():
+        model(**random_inputs(128, 128, batch_size=1))
+    gc.collect()
+    tokens = 64 * 64
+    assert 0 < largest <= 2 * 16 * tokens * 4 < tokens * tokens / 8
+
+
+@pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")
+@torch.no_grad()
+def test_lora_scale_is_an_attention_kwarg():
+    from peft import LoraConfig
+
+    model = tiny_transformer()
+    expected = model(**random_inputs()).sample
+    model.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    adapted = model(**random_inputs()).sample
+    assert relative_error(adapted, expected) > 1e-3
+    assert torch.equal(model(**random_inputs(), attention_kwargs={"scale": 0.0}).sample, expected)
+    assert torch.equal(model(**random_inputs(), attention_kwargs={"scale": 1.0}).sample, adapted)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"attention_head_dim": 18}, "multiple of 4"),
+        ({"num_attention_heads": 2, "attention_head_dim": 8}, "multiple of 12"),
+        ({"num_layers": 0}, "at least 1"),
+    ],
+)
+def test_impossible_configurations_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(**config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_states": torch.zeros(2, 4, 15, 16)}, "multiples of the patch size 2"),
+        ({"added_cond_kwargs": None}, "added_cond_kwargs"),
+        ({"added_cond_kwargs": {"resolution": torch.zeros(2, 2)}}, "aspect_ratio"),
+    ],
+)
+def test_unusable_inputs_are_refused(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{**random_inputs(), **change})
+
+
+def test_block_names_are_a_contract(model):
+    names = {name.removeprefix("transformer_blocks.4.") for name in model.state_dict() if "blocks.4." in name}
+    linear = {f"{module}.{kind}" for kind in ("weight", "bias") for module in ("to_q", "to_k", "to_v", "to_out.0")}
+    norms = {"norm_q.weight", "norm_k.weight"}
+    stage = {"depthwise.weight", "squeeze.weight", "excite.weight", "pointwise.weight"}
+    context = {f"query_stages.{i}.{name}" for i in range(2) for name in stage}
+    context |= {"rel_pos_bias", "to_k.weight", "to_k.bias", "to_v.weight", "to_v.bias"}
+    expected = {"scale_shift_table", "attn.rel_pos_bias"}
+    expected |= {f"{attn}.{name}" for attn in ("attn", "cross_attn") for name in linear | norms}
+    expected |= {f"attn.global_context.{name}" for name in context}
+    expected |= {f"ff.net.{name}" for name in ("0.proj.weight", "0.proj.bias", "2.weight", "2.bias")}
+    assert names == expected
