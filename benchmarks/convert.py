@@ -72,15 +72,14 @@ def measure(checkpoint: Path, output: Path, global_context: str) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=18, help="blocks in the file (default: %(default)s)")
+    parser.add_argument("--global-context", default="auto", help="as for the conversion (default: %(default)s)")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".pt", ".safetensors"):
             checkpoint = Path(folder) / f"released_size{suffix}"
             write_random_checkpoint(checkpoint, args.layers)
-            for global_context in ("fold", "seed:0"):
-                output = Path(folder) / f"{suffix[1:]}_{global_context[:4]}"
-                rows.append(measure(checkpoint, output, global_context))
+            rows.append(measure(checkpoint, Path(folder) / f"from_{suffix[1:]}", args.global_context))
     widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]]
     for cells in (rows[0], *(row.values() for row in rows)):
         print("  ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths)))

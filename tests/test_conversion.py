@@ -316,13 +316,12 @@ class TestOutput:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
     def test_peak_memory_is_that_of_the_mapped_file(self):
-        """Three layers of the released size: what a conversion adds stays near the file, one copy would not."""
-        benchmark = [sys.executable, ROOT / "benchmarks" / "convert.py", "--layers", "3"]
+        """Two layers of the released size: what a conversion adds stays near the file; a copy of it would not."""
+        benchmark = [sys.executable, ROOT / "benchmarks" / "convert.py", "--layers", "2"]
         process = subprocess.run(benchmark, capture_output=True, text=True, check=True)
         rows = json.loads(process.stdout.splitlines()[-1])
         assert {row["file"].rpartition(".")[2] for row in rows} == {"pt", "safetensors"}
-        for row in rows:
-            assert row["growth_per_file"] < (1.2 if row["global_context"] == "fold" else 1.45), row
+        assert all(row["growth_per_file"] < 1.4 for row in rows), rows
 
 
 class TestWayBack:

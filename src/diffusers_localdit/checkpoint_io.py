@@ -20,7 +20,17 @@ LFS_POINTER_START = b"version https://git-lfs"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be converted, or an output that cannot be written. The message is a single line."""
+    """
+    A checkpoint that cannot be converted, or an output that cannot be written.
+
+    The message is a single line of bounded length, whatever names it quotes from a hostile file.
+    """
+
+    def __init__(self, message: str):
+        message = "".join(
+            character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message
+        )
+        super().__init__(message if len(message) <= 400 else f"{message[:300]} ... {message[-90:]}")
 
 
 def one_line(error: BaseException) -> str:
