@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from conversion_inputs import GOLDEN, GOLDEN_ORIGINALS, is_dead, tiny_original
-from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from diffusers_localdit.conversion import (
     CheckpointError,
     add_arguments,
     convert_checkpoint,
     convert_state_dict,
     load_original,
-    register_single_file,
     run,
     to_original,
 )
@@ -430,13 +429,6 @@ class TestRefusals:
 
 
 class TestSingleFile:
-    @pytest.fixture(autouse=True)
-    def registered(self, monkeypatch):
-        import diffusers
-
-        monkeypatch.setattr(diffusers, "LocalDiTTransformer2DModel", LocalDiTTransformer2DModel, raising=False)
-        register_single_file()
-
     def load(self, source, **options):
         return LocalDiTTransformer2DModel.from_single_file(source, original_config={}, **options)
 
@@ -551,6 +543,16 @@ class TestPipelineFolder:
         for file in (file for name in ("tokenizer", "text_encoder", "vae") for file in (source / name).iterdir()):
             copied = tmp_path / "out" / file.parent.name / file.name
             assert file.suffix == ".bin" or copied.read_bytes() == file.read_bytes()
+
+    def test_it_loads_and_runs(self, source, tmp_path):
+        convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=source)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+        assert type(pipe) is LocalDiTPipeline
+        assert_equal_tensors(pipe.transformer.state_dict(), load_original(WINDOW4).state_dict())
+        pipe.set_progress_bar_config(disable=True)
+        settings = {"height": 64, "width": 96, "num_inference_steps": 2, "use_resolution_binning": False}
+        latents = pipe("a red circle", output_type="latent", generator=torch.manual_seed(0), **settings).images
+        assert latents.shape[0] == 1 and latents.isfinite().all()
 
     def test_the_scheduler_is_the_releases(self, source, tmp_path):
         convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=source)
