@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RADII, RELATIONS, Spec
 
-FOREGROUND = 56  # RGB distance from the background, half that of the least distinct colour
+FOREGROUND = 64  # RGB distance from the background, just under half that of the least distinct colour (138)
 SPECK = 40  # pixels of a 128 x 128 picture; smaller regions are ignored, the smallest object has 288
 SIZE_BOUNDS = tuple((RADII[a][1] + RADII[b][0]) / 2 for a, b in (("small", "medium"), ("medium", "large")))
 

@@ -30,7 +30,7 @@ COLOURS = {
     "purple": (160, 40, 190),
     "orange": (255, 135, 0),
 }
-BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (176, 176, 176), "black": (0, 0, 0)}
 RADII = {"small": (12, 14), "medium": (18, 20), "large": (25, 28)}  # pixels
 COUNTED_RADII = (13, 16)
 COUNTS = ("one", "two", "three", "four")
