@@ -1,10 +1,13 @@
 """Trains the small `AutoencoderKL` of localdit-shapes on rendered scenes and saves it with its scaling factor.
 
 The decoder sees latents with a little noise added, so that it stays crisp on the imperfect latents of a sampler.
+Crops teach colours and edges fast; the model's norms average over all that is there, so whole pictures follow; the
+decoder then has a round to itself, with the latents, and so the transformer's training data, as they are.
 """
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,24 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from scenes import Scene, render, sample_scene
 from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Round:
+    steps: int
+    learning_rate: float
+    crop: int
+    batch_size: int
+    decoder_only: bool = False
+
+
+ROUNDS = {
+    "crops": Round(steps=1300, learning_rate=2e-3, crop=64, batch_size=16),
+    "whole": Round(steps=1000, learning_rate=1.5e-3, crop=128, batch_size=8),
+    "decoder": Round(steps=3000, learning_rate=2e-3, crop=128, batch_size=8, decoder_only=True),
+}
+LATENT_NOISE = 0.2  # highest noise that the decoder sees, in standard deviations of the latents
+KL_WEIGHT = 1e-4
 
 
 def build_vae() -> AutoencoderKL:
@@ -31,7 +52,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def sample_pixels(rng: np.random.Generator, batch_size: int, crop: int = 128) -> torch.Tensor:
-    """Rendered scenes (batch, 3, crop, crop) in -1..1; a crop smaller than the picture has an object near its middle."""
+    """Rendered scenes (batch, 3, crop, crop) in -1..1; crops have an object near their middle."""
     return torch.stack([crop_scene(rng, sample_scene(rng), crop) for _ in range(batch_size)])
 
 
@@ -45,17 +66,17 @@ def crop_scene(rng: np.random.Generator, scene: Scene, crop: int) -> torch.Tenso
     return picture[:, top : top + crop, left : left + crop]
 
 
-def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor, latent_noise: float, kl_weight: float) -> torch.Tensor:
-    """Weighted L1 + MSE of the reconstruction from latents with up to `latent_noise` deviations of noise, + KL."""
+def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Weighted L1 + MSE of the reconstruction from noisy latents, + KL."""
     posterior = vae.encode(pixels).latent_dist
     latents = posterior.sample()
-    level = latent_noise * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
+    level = LATENT_NOISE * latents.detach().std() * torch.rand(len(latents), 1, 1, 1)
     decoded = vae.decode(latents + level * torch.randn_like(latents)).sample
     kl = posterior.kl().mean() / latents[0].numel()
     # Objects cover a tenth of a picture, the corner shows the background: both count about the same.
     is_object = ((pixels - pixels[:, :, :1, :1]).abs().amax(dim=1, keepdim=True) > 0.1).float()
     error = (decoded - pixels).abs() + (decoded - pixels).square()
-    return (error * (1 + 6 * is_object)).mean() + kl_weight * kl
+    return (error * (1 + 6 * is_object)).mean() + KL_WEIGHT * kl
 
 
 @torch.no_grad()
@@ -67,45 +88,48 @@ def validate(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
     return float((-10 * mse.log10()).mean()), float(latents.std())
 
 
+def train_round(vae: AutoencoderKL, plan: Round, rng: np.random.Generator, validation: torch.Tensor) -> None:
+    """Trains in place, with warm-up and cosine decay, and sets the scaling factor."""
+    vae.requires_grad_(True)
+    if plan.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=plan.learning_rate, betas=(0.9, 0.99))
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=plan.steps)
+    started = time.time()
+    for step in tqdm(range(1, plan.steps + 1), mininterval=10):
+        loss = vae_loss(vae, sample_pixels(rng, plan.batch_size, plan.crop))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == plan.steps:
+            psnr, std = validate(vae, validation[:32] if step < plan.steps else validation)
+            minutes = (time.time() - started) / 60
+            tqdm.write(f"step {step} ({minutes:.1f} min): loss {loss:.4f}, PSNR {psnr:.2f} dB, latent std {std:.3f}")
+    if not plan.decoder_only:
+        vae.register_to_config(scaling_factor=1 / std)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/shapes/vae"))
-    parser.add_argument("--init-from", type=Path, help="a VAE to go on with, on whole pictures only")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--crop", type=int, default=64, help="side of the crops of the first 80%% of the steps")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--kl-weight", type=float, default=1e-4)
-    parser.add_argument("--latent-noise", type=float, default=0.2, help="highest noise, in standard deviations")
+    parser.add_argument("--from-round", choices=ROUNDS, default="crops", help="later rounds go on from OUTPUT")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     validation = sample_pixels(np.random.default_rng(args.seed + 1), 128)
-    vae = AutoencoderKL.from_pretrained(args.init_from).train() if args.init_from else build_vae()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99))
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=args.steps)
-
-    started = time.time()
-    for step in tqdm(range(1, args.steps + 1), mininterval=10):
-        # The last steps see whole pictures, as the finished model does: the norms average over all that is there.
-        whole = args.init_from is not None or step > 0.8 * args.steps
-        pixels = sample_pixels(rng, args.batch_size // 2 if whole else args.batch_size, 128 if whole else args.crop)
-        loss = vae_loss(vae, pixels, args.latent_noise, args.kl_weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == args.steps:
-            psnr, std = validate(vae, validation[:32] if step < args.steps else validation)
-            minutes = (time.time() - started) / 60
-            tqdm.write(f"step {step} ({minutes:.1f} min): loss {loss:.4f}, PSNR {psnr:.2f} dB, latent std {std:.3f}")
-
-    vae.register_to_config(scaling_factor=1 / std)
-    vae.save_pretrained(args.output)
+    first = list(ROUNDS).index(args.from_round)
+    vae = AutoencoderKL.from_pretrained(args.output) if first else build_vae()
+    for index, (name, plan) in enumerate(ROUNDS.items()):
+        if index >= first:
+            tqdm.write(f"{name}: {plan}")
+            train_round(vae, plan, np.random.default_rng((args.seed, index)), validation)
+            vae.save_pretrained(args.output)
 
 
 if __name__ == "__main__":
