@@ -430,7 +430,7 @@ class TestRefusals:
 
 class TestSingleFile:
     def load(self, source, **options):
-        return LocalDiTTransformer2DModel.from_single_file(source, original_config={}, **options)
+        return LocalDiTTransformer2DModel.from_single_file(source, **options)
 
     @golden_originals
     def test_equals_the_conversion(self, path):

@@ -26,6 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle, RMSNorm
 from diffusers.utils import apply_lora_scale
+from einops import rearrange
 from torch import nn
 
 # The original masks by a large finite number: a row that is masked throughout becomes uniform instead of NaN.
@@ -78,9 +79,7 @@ class TokenMapGeometry(NamedTuple):
 
 def to_windows(token_map: torch.Tensor, window_size: int) -> torch.Tensor:
     """Cuts a map `(Hp, Wp)` into windows, row by row: `(n, w*w)`."""
-    rows, columns = token_map.shape[0] // window_size, token_map.shape[1] // window_size
-    windows = token_map.reshape(rows, window_size, columns, window_size).transpose(1, 2)
-    return windows.reshape(rows * columns, window_size * window_size)
+    return rearrange(token_map, "(rows h) (columns w) -> (rows columns) (h w)", h=window_size, w=window_size)
 
 
 def shifted_region(length: int, window_size: int, shift: int, device: torch.device) -> torch.Tensor:
@@ -557,6 +556,16 @@ class LocalDiTTransformer2DModel(
 
         self.gradient_checkpointing = False
 
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs):
+        r"""
+        Loads an original checkpoint. As in diffusers, but the configuration is read from the file itself unless
+        `config` is given; `window_size`, `sample_size`, `use_rope` and `global_context` say what no file can tell.
+        """
+        if kwargs.get("config") is None:  # diffusers would guess another repository for it
+            kwargs.setdefault("original_config", {})
+        return super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+
     def set_attn_processor(self, processor):
         r"""
         Sets the processors that compute attention.
@@ -679,8 +688,9 @@ class LocalDiTTransformer2DModel(
         shift, scale = (self.scale_shift_table[None] + embedded_timestep[:, None]).chunk(2, dim=1)  # (B, 1, C)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
         hidden_states = self.proj_out(hidden_states)  # (B, L, p*p*out)
-        hidden_states = hidden_states.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (height, width))
-        output = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, latent_height, latent_width)
+        output = rearrange(
+            hidden_states, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=patch_size, q=patch_size
+        )
 
         if not return_dict:
             return (output,)
