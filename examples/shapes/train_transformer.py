@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from make_latents import load_latents
 from torch import nn
@@ -96,7 +96,8 @@ def main():
     data = load_latents(args.data)
     transformer = build_transformer(data.embeddings.shape[-1])
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=3 / 4)
-    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    # Not the sampler's own class: before `set_timesteps`, DPMSolver's `add_noise` takes timesteps from the wrong end.
+    scheduler = DDPMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
@@ -128,7 +129,7 @@ def main():
         ema.restore(transformer.parameters())
 
     progress = tqdm(total=args.steps, initial=step, mininterval=10)
-    mean_loss, started = 0.0, time.time()
+    mean_loss, started = None, time.time()
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "metrics.jsonl").open("a") as metrics:
         while step < args.steps:
@@ -143,7 +144,7 @@ def main():
             optimizer.zero_grad()
             ema.step(transformer.parameters())
             step += 1
-            mean_loss = loss.item() if step == 1 else mean_loss + 0.01 * (loss.item() - mean_loss)
+            mean_loss = loss.item() if mean_loss is None else mean_loss + 0.01 * (loss.item() - mean_loss)
             progress.update()
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{mean_loss:.4f}", norm=f"{norm:.2f}")

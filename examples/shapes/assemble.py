@@ -1,0 +1,40 @@
+"""Puts the trained parts together as a diffusers pipeline folder in float16: what the package ships."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from evaluate import BUNDLED_MODEL
+from transformers import T5EncoderModel, T5Tokenizer
+
+from diffusers_localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("out/shapes"), help="where the training scripts wrote")
+    parser.add_argument("--output", type=Path, default=BUNDLED_MODEL, help="replaced if it exists")
+    args = parser.parse_args()
+
+    pipeline = LocalDiTPipeline(
+        tokenizer=T5Tokenizer.from_pretrained(args.folder / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(args.folder / "text_encoder"),
+        vae=AutoencoderKL.from_pretrained(args.folder / "vae"),
+        transformer=LocalDiTTransformer2DModel.from_pretrained(args.folder / "transformer"),
+        # The released LocalDiT's sampler.
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+    pipeline.to(torch.float16)
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    pipeline.save_pretrained(temporary)
+    if args.output.exists():
+        shutil.rmtree(args.output)
+    temporary.rename(args.output)
+    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
