@@ -1,0 +1,316 @@
+"""The command `localdit`: pictures from prompts and from pictures, conversion, and what a model is made of."""
+
+import argparse
+import hashlib
+import inspect
+import itertools
+import random
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+from diffusers.utils.torch_utils import get_device
+from PIL import Image
+
+from . import __version__, conversion
+from .checkpoint_io import one_line, written_whole
+from .key_mapping import DTYPES
+from .model_info import BUNDLED_NAME, describe, locate
+from .pipeline_localdit import LocalDiTPipeline
+from .pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
+from .png_settings import read_settings, settings_chunks
+from .transformer_localdit import LocalDiTTransformer2DModel
+
+# The pipelines' names of the settings that go to them; what is not given is left to their defaults.
+PIPELINE_ARGUMENTS = {
+    "negative_prompt": "negative_prompt",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "strength": "strength",
+}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command.
+
+    Args:
+        argv (`list[str]`, *optional*): The arguments; those of the process by default.
+
+    Returns:
+        `int`: The exit code: 0, 1 for a fault of ours, 2 for what the user can put right, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130, args.debug)
+    except (ValueError, OSError) as error:  # what a user can put right
+        return fail(one_line(error), 2, args.debug)
+    except torch.OutOfMemoryError:
+        return fail("out of memory: try --offload model, --dtype bfloat16 or a smaller size", 2, args.debug)
+    except Exception as error:
+        message = f"unexpected {type(error).__name__}: {one_line(error)}; run with --debug and report it"
+        return fail(message, 1, args.debug)
+    return 0
+
+
+def fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"localdit: error: {message}", file=sys.stderr)
+    return code
+
+
+# Arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports errors in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"localdit: error: {message} (see {self.prog} --help)\n")
+
+
+def text(value: str) -> str:
+    value.encode()  # bytes that are no UTF-8 reach us as surrogates, which the tokenizer refuses
+    return value
+
+
+def positive(value: str) -> int:
+    if int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return int(value)
+
+
+def seed_number(value: str) -> int:
+    if not 0 <= int(value) < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**63 - 1")
+    return int(value)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="localdit", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add_command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.set_defaults(run=run)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    command = add_command("generate", generate, "make pictures of what prompts say")
+    add_picture_arguments(command, default_size="the model's")
+
+    command = add_command("img2img", image_to_image, "make pictures of what prompts say that look like a given one")
+    command.add_argument("image", metavar="IMAGE", help="file or URL of the picture to start from")
+    add_picture_arguments(command, default_size="that of IMAGE")
+    command.add_argument("--strength", type=float, help="how much to change, above 0 and up to 1")
+
+    command = add_command("convert", conversion.run, "convert an original checkpoint, or back")
+    conversion.add_arguments(command)
+
+    command = add_command("info", info, "say what a model is made of")
+    command.add_argument("model", metavar="MODEL", nargs="?", default=BUNDLED_NAME, help=f"default: {BUNDLED_NAME}")
+    return parser
+
+
+def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -> None:
+    prompts = command.add_argument("prompts", metavar="PROMPT", type=text, nargs="+", help="what to draw")
+    # Not required with --like. `nargs="*"` would not do: it takes nothing where the prompt comes after an option.
+    prompts.required = False
+    command.add_argument("--negative-prompt", type=text, metavar="TEXT", help="what to steer away from")
+    command.add_argument("--height", type=positive, metavar="PIXELS", help=f"default: {default_size}")
+    command.add_argument("--width", type=positive, metavar="PIXELS", help=f"default: {default_size}")
+    command.add_argument("--steps", type=positive, metavar="N", help="denoising steps")
+    command.add_argument("--guidance-scale", type=float, metavar="X", help="how closely to follow the prompt")
+    command.add_argument(
+        "--seed",
+        type=seed_number,
+        metavar="N",
+        help="seed of the first picture, one more for each further one (default: random)",
+    )
+    command.add_argument("--num-images", type=positive, metavar="N", default=1, help="pictures of each prompt")
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        default=Path("out"),
+        help="a .png, .jpg or .webp file, which is replaced, or a folder, where nothing is replaced; only PNG files "
+        "carry the settings (default: %(default)s)",
+    )
+    command.add_argument(
+        "--like", metavar="FILE.png", help="repeat this picture exactly, but for what is given on the command line"
+    )
+    command.add_argument("--model", metavar="DIR_OR_REPO", help=f"folder or repository id (default: {BUNDLED_NAME})")
+    command.add_argument(
+        "--dtype", choices=list(DTYPES.values()), help="default: bfloat16 on a CUDA device, float32 elsewhere"
+    )
+    command.add_argument("--device", help="default: the accelerator if there is one, else cpu")
+    command.add_argument(
+        "--offload",
+        choices=["none", "model", "sequential"],
+        default="none",
+        help="keep on the accelerator only the model (least cost), or layer (least memory), that is running",
+    )
+
+
+# Commands
+
+
+def generate(args: argparse.Namespace) -> None:
+    settings = requested_settings(args)
+    if "image_sha256" in settings:
+        raise ValueError(f"{args.like} was made from a picture; repeat it with: localdit img2img IMAGE --like")
+    make_pictures(args, settings, LocalDiTPipeline)
+
+
+def image_to_image(args: argparse.Namespace) -> None:
+    settings = requested_settings(args)
+    image = load_image(args.image)
+    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    if args.like is not None and "image_sha256" not in settings:
+        raise ValueError(f"{args.like} was made without a picture to start from; repeat it with: localdit generate")
+    if settings.get("image_sha256", digest) != digest:
+        raise ValueError(f"{args.like} was made from {settings.get('image')!r}, whose pixels {args.image} has not")
+    settings |= {"image": Path(args.image).name, "image_sha256": digest}
+    make_pictures(args, settings, LocalDiTImg2ImgPipeline, image=image)
+
+
+def info(args: argparse.Namespace) -> None:
+    print(describe(args.model))
+
+
+# Making pictures
+
+
+def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings by name: what the command line says, else what the picture to repeat says, else our defaults."""
+    recorded = read_settings(args.like) if args.like is not None else {}
+    names = (*PIPELINE_ARGUMENTS, "seed", "model", "dtype", "device")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    settings = {"model": BUNDLED_NAME, "device": get_device(), "seed": random.randrange(2**32)} | recorded | given
+
+    device = usable_device(settings["device"])
+    if args.offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {args.offload} needs an accelerator, but the device is cpu")
+    settings.setdefault("dtype", "bfloat16" if device.type == "cuda" else "float32")
+    if settings["dtype"] not in DTYPES.values():
+        raise ValueError(f"{args.like} has the dtype {settings['dtype']!r}; choose one with --dtype")
+    if settings["model"] != BUNDLED_NAME:
+        settings["model"] = str(locate(settings["model"]))
+    if args.prompts is None and "prompt" not in settings:
+        raise ValueError("give a PROMPT, or a picture to repeat with --like")
+    return settings
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}; choose --device {get_device()}") from error
+    count = torch.accelerator.device_count() if device.type == get_device() else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ValueError(f"the device {name} is not available here; choose --device {get_device()}")
+    return device
+
+
+def make_pictures(
+    args: argparse.Namespace, settings: dict[str, Any], pipeline_class: type[DiffusionPipeline], **inputs: Any
+) -> None:
+    """
+    Makes and writes the pictures, each from a seed of its own and by a call of its own: in a larger batch the last
+    digits differ, and no picture could be repeated without the others.
+    """
+    prompts = [prompt for prompt in args.prompts or [settings["prompt"]] for _ in range(args.num_images)]
+    single_file = is_single_file(args.output, len(prompts))
+
+    pipe = load_pipeline(pipeline_class, settings, args.offload)
+    made_by = {"scheduler": type(pipe.scheduler).__name__, "version": __version__}
+    for name, value in made_by.items():
+        if settings.get(name, value) != value:
+            print(f"{args.like} was made with {name} {settings[name]}, but this is {value}", file=sys.stderr)
+    defaults = default_settings(pipe)
+    arguments = {PIPELINE_ARGUMENTS[name]: settings[name] for name in defaults if name in settings}
+
+    for i, prompt in enumerate(prompts):
+        seed = settings["seed"] + i
+        path = args.output if single_file else free_path(args.output, prompt, seed)
+        print(f"[{i + 1}/{len(prompts)}] {prompt!r}, seed {seed}", file=sys.stderr)
+        with written_whole(path, overwrite=single_file) as unfinished:
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every device
+            image = pipe(prompt=prompt, generator=generator, **arguments, **inputs).images[0]
+            made = {"prompt": prompt, "seed": seed, "height": image.height, "width": image.width}
+            save_picture(image, unfinished, defaults | settings | made_by | made)
+        print(path, flush=True)
+
+
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline], settings: dict[str, Any], offload: str
+) -> DiffusionPipeline:
+    model, device = settings["model"], torch.device(settings["device"])
+    source = locate(model)
+    if isinstance(source, Path) and not (source / "model_index.json").exists():
+        raise ValueError(f"{model} holds no pipeline (`localdit convert --pipeline-from` makes one of a checkpoint)")
+    try:
+        pipe = pipeline_class.from_pretrained(source, dtype=getattr(torch, settings["dtype"]), use_safetensors=True)
+    except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
+        where = "" if isinstance(source, Path) else "there is no such folder, nor such a repository: "
+        raise ValueError(f"cannot load the model {model}: {where}{one_line(error)}") from error
+    if not isinstance(pipe.transformer, LocalDiTTransformer2DModel):
+        raise ValueError(f"{model} is no LocalDiT: its transformer is a {type(pipe.transformer).__name__}")
+
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def default_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What the pipeline does where nothing is asked for. Its default size is that of the pictures it returns."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    defaults = {name: parameters[arg].default for name, arg in PIPELINE_ARGUMENTS.items() if arg in parameters}
+    return defaults | {"negative_prompt": ""}
+
+
+# Files
+
+
+def is_single_file(output: Path, num_pictures: int) -> bool:
+    """Whether `--output` is a picture's file and not a folder for pictures."""
+    if output.is_dir():
+        return False
+    suffix = output.suffix.lower()
+    if suffix in PICTURE_SUFFIXES:
+        if num_pictures > 1:
+            raise ValueError(f"--output {output} is one file for {num_pictures} pictures; give a folder")
+        return True
+    if suffix in Image.registered_extensions():
+        raise ValueError(f"--output {output} ends in {suffix}; expected {', '.join(PICTURE_SUFFIXES)}, or a folder")
+    return False
+
+
+def free_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name that says what is in the picture and is not taken."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:48].rstrip("-") or "picture"
+    names = itertools.chain([f"{words}-{seed}.png"], (f"{words}-{seed}-{n}.png" for n in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def save_picture(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    if path.suffix.lower() == ".png":
+        image.save(path, pnginfo=settings_chunks(settings))
+    else:
+        image.save(path, quality=95)
