@@ -491,6 +491,19 @@ class TestImages:
         assert [call["timestep"].item() for call in transformer_calls] == scheduler.timesteps[-kept:].tolist()
         assert image_to_image.num_timesteps == kept
 
+    def test_starts_at_the_first_of_equal_timesteps(self, image_to_image):
+        """Which only the index of the step can tell, not the timestep."""
+        steps = 150
+        scheduler = image_to_image.scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.tolist()
+        start = max(
+            index for index in range(1, steps) if timesteps[index - 1] > timesteps[index] == timesteps[index + 1]
+        )
+        latents_of(image_to_image, num_inference_steps=steps, strength=(steps - start) / steps + 1e-4)
+        assert image_to_image.num_timesteps == steps - start
+        assert scheduler.step_index == steps
+
     @given(steps=st.integers(1, 1000))
     @settings(deadline=None)
     def test_smallest_strength_in_the_message_is_valid(self, components, steps):
