@@ -9,10 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import diffusers_localdit
-from diffusers_localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
-
-BUNDLED_MODEL = Path(diffusers_localdit.__file__).parent / "models" / "localdit-shapes"
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline
 
 # Captions that the bundled model was never trained on.
 PROMPTS = [

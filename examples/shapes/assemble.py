@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from evaluate import BUNDLED_MODEL
 from transformers import T5EncoderModel, T5Tokenizer
 
-from diffusers_localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
 
 
 def main():

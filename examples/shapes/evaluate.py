@@ -13,10 +13,7 @@ from PIL import Image, ImageDraw
 from scenes import IMAGE_SIZE, KINDS, sample_caption
 from tqdm import tqdm
 
-import diffusers_localdit
-from diffusers_localdit import LocalDiTPipeline
-
-BUNDLED_MODEL = Path(diffusers_localdit.__file__).parent / "models" / "localdit-shapes"
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline
 
 
 def draw_sheet(drawn: list[tuple[Image.Image, str, Verdict]], columns: int) -> Image.Image:

@@ -47,7 +47,7 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers_localdit import LocalDiTPipeline
 
-        >>> pipe = LocalDiTPipeline.from_pretrained("path/to/localdit", torch_dtype=torch.bfloat16).to("cuda")
+        >>> pipe = LocalDiTPipeline.from_pretrained("path/to/localdit", dtype=torch.bfloat16).to("cuda")
         >>> image = pipe("a lighthouse on a cliff at dusk", height=768, width=1024).images[0]
         ```
 """

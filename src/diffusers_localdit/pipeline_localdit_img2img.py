@@ -51,7 +51,7 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers.utils import load_image
         >>> from diffusers_localdit import LocalDiTImg2ImgPipeline
 
-        >>> pipe = LocalDiTImg2ImgPipeline.from_pretrained("path/to/localdit", torch_dtype=torch.bfloat16).to("cuda")
+        >>> pipe = LocalDiTImg2ImgPipeline.from_pretrained("path/to/localdit", dtype=torch.bfloat16).to("cuda")
         >>> sketch = load_image("sketch.png")
         >>> image = pipe("a lighthouse on a cliff at dusk", image=sketch, strength=0.6).images[0]
         ```
