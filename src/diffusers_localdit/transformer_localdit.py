@@ -336,7 +336,23 @@ class LocalDiTGlobalContext(nn.Module):
         self.to_v = nn.Linear(dim, dim)
 
 
-class LocalDiTWindowAttention(nn.Module, AttentionModuleMixin):
+class LocalDiTAttention(nn.Module, AttentionModuleMixin):
+    r"""What self- and cross-attention have in common: projections with per-head norms on query and key."""
+
+    use_bias = True
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.set_processor(self._default_processor_cls())
+
+
+class LocalDiTWindowAttention(LocalDiTAttention):
     r"""
     Self-attention of LocalDiT. It adds its own input to what the processor returns: `attn(x) + x`.
 
@@ -351,21 +367,10 @@ class LocalDiTWindowAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [LocalDiTWindowAttnProcessor]
 
     def __init__(self, dim: int, heads: int, window_size: int, use_global_context: bool):
-        super().__init__()
-        self.heads = heads
-        self.use_bias = True
-        self.is_cross_attention = False
-
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        super().__init__(dim, heads)
         self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
         self.global_context = LocalDiTGlobalContext(dim, heads, window_size) if use_global_context else None
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-        self.set_processor(self._default_processor_cls())
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.fused_projections:
@@ -376,26 +381,16 @@ class LocalDiTWindowAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, geometry) + hidden_states
 
 
-class LocalDiTCrossAttention(nn.Module, AttentionModuleMixin):
+class LocalDiTCrossAttention(LocalDiTAttention):
     r"""Cross-attention of LocalDiT, from image tokens to the projected text tokens."""
 
     _default_processor_cls = LocalDiTCrossAttnProcessor
     _available_processors = [LocalDiTCrossAttnProcessor]
+    is_cross_attention = True
 
     def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.use_bias = True
-        self.is_cross_attention = True
-
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        super().__init__(dim, heads)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-
-        self.set_processor(self._default_processor_cls())
 
     def project(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
