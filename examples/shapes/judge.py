@@ -1,7 +1,7 @@
 """Judges from its pixels alone whether a picture shows what a caption asks for.
 
 The objects are the connected regions that differ from the background. A region's colour is the nearest palette colour,
-its shape follows from how much of its bounding box it fills, its size from the bounding box.
+its shape follows from how it fills its bounding box, its size from the bounding box.
 """
 
 from collections import Counter
@@ -63,16 +63,21 @@ def label_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def classify_shape(mask: np.ndarray) -> str | None:
-    """Names the shape that fills its bounding box, `mask`: squares all of it, circles pi / 4, triangles half."""
+    """Names the shape of a region from its bounding box, `mask` (height, width).
+
+    A triangle has three times as much in its lower half as in its upper one, also when its corners are soft; circles
+    and squares have the same in both, and fill pi / 4 and all of the box.
+    """
     height, width = mask.shape
     fill = mask.mean()
-    if not 0.75 < width / height < 1.33 or fill < 0.38:
+    balance = mask[height // 2 :].sum() / max(mask[: height // 2].sum(), 1)
+    if not 0.75 < width / height < 1.33:
         return None
-    if fill > 0.89:
-        return "square"
-    if fill > 0.645:
-        return "circle"
-    return "triangle" if mask[height // 2 :].sum() > 2 * mask[: height // 2].sum() else None
+    if balance > 1.6:
+        return "triangle" if 0.4 < fill < 0.7 else None
+    if not 0.7 < balance < 1.4 or fill < 0.7:
+        return None
+    return "square" if fill > 0.89 else "circle"
 
 
 def find_background(pixels: np.ndarray) -> tuple[str, np.ndarray]:
