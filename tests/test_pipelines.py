@@ -605,6 +605,10 @@ class TestBinning:
     def test_off_by_default(self, binned):
         assert latents_of(binned, height=192, width=256).shape[-2:] == (24, 32)
 
+    def test_refuses_sizes_that_are_not_positive(self, binned):
+        with pytest.raises(ValueError, match=r"`height` .* 0; the nearest valid value is 16"):
+            latents_of(binned, height=0, width=256, use_resolution_binning=True)
+
     def test_no_table_for_the_model(self, pipe):
         sizes = {"height": 64, "width": 96}
         assert torch.equal(latents_of(pipe, use_resolution_binning=True, **sizes), latents_of(pipe, **sizes))
