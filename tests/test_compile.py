@@ -15,13 +15,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def outputs(model):
-    with torch.no_grad():
-        for height, width, text_tokens in SIZES:
-            for seed in range(2):
-                inputs = random_inputs(height, width, text_tokens=text_tokens, seed=seed)
-                inputs["timestep"] = inputs["timestep"] - seed
-                yield model(**inputs).sample
+@torch.no_grad()
+def outputs(model) -> list[torch.Tensor]:
+    """Two steps at each size."""
+    return [
+        model(**random_inputs(height, width, text_tokens=text_tokens, seed=step)).sample
+        for height, width, text_tokens in SIZES
+        for step in range(2)
+    ]
 
 
 def assert_close_to_eager(compiled):
