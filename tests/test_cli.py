@@ -173,6 +173,8 @@ class TestErrors:
 
     def test_interrupted_process(self, model, tmp_path):
         output = tmp_path / "out"
+        # A shell starts what it runs in the background with this signal ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = start(LOCALDIT, "generate", "a", "--model", model, "--steps", 1000, "--output", output)
         while not process.stderr.readline().startswith("[1/1]"):
             assert process.poll() is None
