@@ -163,7 +163,7 @@ def load_original(
 
 def register_single_file() -> None:
     """
-    Let `LocalDiTTransformer2DModel.from_single_file(path, original_config={})` load the original's files.
+    Let `LocalDiTTransformer2DModel.from_single_file(path)` load the original's files.
 
     diffusers hands an `original_config` together with the checkpoint to the function that makes the configuration;
     ours needs nothing but the checkpoint.
