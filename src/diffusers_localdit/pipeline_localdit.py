@@ -8,6 +8,7 @@ under `# Copied from`, and a test keeps both the same.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -94,6 +95,22 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
         self.image_processor = PixArtImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # Every load reads `model_index.json` through here. A repository may carry the code of the pipeline and of the
+        # model for those who lack the package; where this is the package, its own classes are named in their place,
+        # so that no code of the repository is executed and no trust in it is asked for.
+        config = super()._dict_from_json_file(json_file)
+        if __package__ != "diffusers_localdit" or os.path.basename(json_file) != cls.config_name:
+            return config
+        for name, value in config.items():
+            match value:
+                case [_, "LocalDiTTransformer2DModel" as class_name]:
+                    config[name] = [__package__, class_name]
+                case [_, "LocalDiTPipeline" | "LocalDiTImg2ImgPipeline" as class_name] if name == "_class_name":
+                    config[name] = class_name
+        return config
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):

@@ -9,6 +9,7 @@ code. For the same reason it holds one pipeline class; what it has in common wit
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -103,6 +104,23 @@ class LocalDiTImg2ImgPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             vae_latent_channels=self.vae.config.latent_channels if self.vae is not None else 4,
             do_convert_rgb=True,
         )
+
+    # Copied from diffusers_localdit.pipeline_localdit.LocalDiTPipeline._dict_from_json_file
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # Every load reads `model_index.json` through here. A repository may carry the code of the pipeline and of the
+        # model for those who lack the package; where this is the package, its own classes are named in their place,
+        # so that no code of the repository is executed and no trust in it is asked for.
+        config = super()._dict_from_json_file(json_file)
+        if __package__ != "diffusers_localdit" or os.path.basename(json_file) != cls.config_name:
+            return config
+        for name, value in config.items():
+            match value:
+                case [_, "LocalDiTTransformer2DModel" as class_name]:
+                    config[name] = [__package__, class_name]
+                case [_, "LocalDiTPipeline" | "LocalDiTImg2ImgPipeline" as class_name] if name == "_class_name":
+                    config[name] = class_name
+        return config
 
     # Copied from diffusers_localdit.pipeline_localdit.LocalDiTPipeline.from_pipe
     @classmethod
