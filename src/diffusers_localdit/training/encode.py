@@ -4,7 +4,31 @@ import torch
 from diffusers.models import AutoencoderKL
 from transformers import T5EncoderModel, T5Tokenizer
 
+from ..checkpoint_io import one_line
+from ..model_info import locate
 from ..pipeline_localdit import LocalDiTPipeline
+
+PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+
+
+def load_parts(pipeline: str, *names: str, dtypes: dict[str, torch.dtype] | None = None) -> LocalDiTPipeline:
+    """
+    A pipeline of which only some parts are loaded; the others are `None`.
+
+    Args:
+        pipeline (`str`): Folder, repository id, or the name of the bundled model.
+        names (`str`): Of the parts.
+        dtypes (`dict[str, torch.dtype]`, *optional*): By the name of the part; float32 for what is not named.
+
+    Raises:
+        `ValueError`: It cannot be loaded.
+    """
+    left_out = dict.fromkeys(part for part in PARTS if part not in names)
+    dtypes = {"default": torch.float32} | (dtypes or {})
+    try:
+        return LocalDiTPipeline.from_pretrained(locate(pipeline), **left_out, torch_dtype=dtypes, use_safetensors=True)
+    except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
+        raise ValueError(f"cannot load the pipeline {pipeline}: {one_line(error)}") from error
 
 
 @torch.no_grad()
@@ -54,5 +78,4 @@ def encode_captions(
 
 
 def _pipeline(**components) -> LocalDiTPipeline:
-    names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
-    return LocalDiTPipeline(**(dict.fromkeys(names) | components))
+    return LocalDiTPipeline(**(dict.fromkeys(PARTS) | components))
