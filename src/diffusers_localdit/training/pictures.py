@@ -6,7 +6,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..checkpoint_io import one_line
 
@@ -31,7 +31,7 @@ def picture_size(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
             turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # Pillow raises whatever a broken file makes its parsers raise
-        raise PictureError(one_line(error)) from error
+        raise _reason(error) from error
 
 
 def decode(content: bytes) -> Image.Image:
@@ -48,7 +48,12 @@ def decode(content: bytes) -> Image.Image:
             _refuse_bomb(image)
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises whatever a broken file makes its parsers raise
-        raise PictureError(one_line(error)) from error
+        raise _reason(error) from error
+
+
+def _reason(error: Exception) -> PictureError:
+    # Pillow names the file, which may be an address in memory; whoever catches this has a better name.
+    return PictureError("is no picture" if isinstance(error, UnidentifiedImageError) else one_line(error))
 
 
 def _refuse_bomb(image: Image.Image) -> None:

@@ -60,6 +60,11 @@ class RawSample:
     encoded: bytes | None = None
 
 
+def normalize_caption(caption: str) -> str:
+    """As the original prepared the captions that it was trained on."""
+    return caption.lower().strip()
+
+
 class Source(ABC):
     """
     Samples by index, in an order that is the same on every machine. Can be read from threads and worker processes.
