@@ -35,9 +35,11 @@ FITTING_SIZES = {"text_encoder": ("d_model", "caption_channels"), "vae": ("laten
 COPIED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # no pickles
 
 
-def add_pipeline(folder: Path, source: str | os.PathLike, config: Mapping[str, Any]) -> tuple[str, ...]:
+def add_pipeline(
+    folder: Path, source: str | os.PathLike, config: Mapping[str, Any], text_encoder: bool = True
+) -> tuple[str, ...]:
     """
-    Put a text encoder, a tokenizer, a VAE and the release's scheduler beside a transformer.
+    Put a VAE, a text encoder, a tokenizer and the release's scheduler beside a transformer.
 
     Args:
         folder (`Path`):
@@ -46,6 +48,8 @@ def add_pipeline(folder: Path, source: str | os.PathLike, config: Mapping[str, A
             A folder or Hub repository with the subfolders `text_encoder`, `tokenizer` and `vae`.
         config (`Mapping[str, Any]`):
             The transformer's configuration.
+        text_encoder (`bool`, defaults to `True`):
+            Whether to take the text encoder and the tokenizer over; else the pipeline has none.
 
     Returns:
         `tuple[str, ...]`: Remarks for the report.
@@ -55,9 +59,10 @@ def add_pipeline(folder: Path, source: str | os.PathLike, config: Mapping[str, A
     """
     from diffusers import DPMSolverMultistepScheduler, __version__
 
-    origin = _component_folder(source)
+    names = [name for name in COMPONENT_CLASSES if text_encoder or name == "vae"]
+    origin = _component_folder(source, names)
     index = _read_json(origin / "model_index.json") if (origin / "model_index.json").exists() else {}
-    components = {name: index.get(name, default) for name, default in COMPONENT_CLASSES.items()}
+    components = {name: index.get(name, COMPONENT_CLASSES[name]) for name in names}
     for name in components:
         if not (origin / name).is_dir():
             raise CheckpointError(f"{source} has no folder {name}; expected {', '.join(components)}")
@@ -82,12 +87,12 @@ def add_pipeline(folder: Path, source: str | os.PathLike, config: Mapping[str, A
     )
 
 
-def _component_folder(source: str | os.PathLike) -> Path:
+def _component_folder(source: str | os.PathLike, names: list[str]) -> Path:
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{name}/{pattern}" for name in COMPONENT_CLASSES for pattern in COPIED_FILES]
+    patterns = [f"{name}/{pattern}" for name in names for pattern in COPIED_FILES]
     try:
         return Path(snapshot_download(str(source), allow_patterns=["model_index.json", *patterns]))
     except Exception as error:  # a wrong name, no such repository, no access, no network
