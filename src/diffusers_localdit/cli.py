@@ -17,7 +17,7 @@ from diffusers.utils import load_image
 from diffusers.utils.torch_utils import get_device
 from PIL import Image
 
-from . import __version__, conversion
+from . import __version__, conversion, hub
 from .checkpoint_io import one_line, written_whole
 from .key_mapping import DTYPES
 from .model_info import BUNDLED_NAME, describe, locate
@@ -118,6 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add_command("convert", conversion.run, "convert an original checkpoint, or back")
     conversion.add_arguments(command)
+
+    command = add_command("publish", hub.run, "publish a model as a repository of the Hub")
+    hub.add_arguments(command)
 
     command = add_command("info", info, "say what a model is made of")
     command.add_argument("model", metavar="MODEL", nargs="?", default=BUNDLED_NAME, help=f"default: {BUNDLED_NAME}")
