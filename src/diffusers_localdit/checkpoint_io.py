@@ -16,6 +16,7 @@ import torch
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
+HUB_PROTOCOL = "hf://"
 LFS_POINTER_START = b"version https://git-lfs"
 
 
@@ -36,6 +37,32 @@ class CheckpointError(ValueError):
 def one_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def fetched(checkpoint: str | os.PathLike) -> str | os.PathLike:
+    """
+    Get a file of the Hub that is named by an address like `hf://owner/name/path/in/repository`.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            The address, with the revision after an `@` behind the name if it is not the main one; or a path.
+
+    Returns:
+        `str` or `os.PathLike`: Where the file is in huggingface_hub's cache, which goes on with an interrupted
+        download; or the path, as it was given.
+
+    Raises:
+        `CheckpointError`: This is no address of a file, or the file cannot be had.
+    """
+    if not str(checkpoint).startswith(HUB_PROTOCOL):
+        return checkpoint
+    from huggingface_hub import hf_hub_download, parse_hf_uri
+
+    try:
+        address = parse_hf_uri(str(checkpoint))
+        return hf_hub_download(address.id, address.path_in_repo, repo_type=address.type, revision=address.revision)
+    except Exception as error:  # a wrong address, no such file, no access, a connection that broke, a full disk
+        raise CheckpointError(f"cannot download {checkpoint}: {one_line(error)}; run it again to go on") from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:

@@ -12,6 +12,7 @@ from .checkpoint_io import (
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
     CheckpointError,
+    fetched,
     one_line,
     read_checkpoint,
     written_whole,
@@ -59,7 +60,8 @@ def convert_checkpoint(
 
     Args:
         checkpoint (`str` or `os.PathLike`):
-            The original `.pt`, `.pth`, `.ckpt` or `.safetensors` file.
+            The original `.pt`, `.pth`, `.ckpt` or `.safetensors` file, or its address on the Hub, like
+            `hf://owner/name/LocalDiT.pt`.
         output (`str` or `os.PathLike`):
             The folder to make. The model goes to its subfolder `transformer`.
         window_size, sample_size, use_rope, global_context, dtype:
@@ -79,7 +81,7 @@ def convert_checkpoint(
     with written_whole(output, overwrite) as folder:
         _refuse_to_replace(output, inputs=[checkpoint, pipeline_from], folder=True)
         state_dict, config, report = convert_state_dict(
-            read_checkpoint(checkpoint), window_size, sample_size, use_rope, global_context, dtype
+            read_checkpoint(fetched(checkpoint)), window_size, sample_size, use_rope, global_context, dtype
         )
         transformer = folder / "transformer"
         transformer.mkdir(parents=True)
@@ -247,7 +249,7 @@ def _refuse_to_replace(output: str | os.PathLike, inputs: list[str | os.PathLike
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of a conversion on a parser (or subparser), for `run`."""
-    parser.add_argument("checkpoint", help="original .pt, .pth, .ckpt or .safetensors file")
+    parser.add_argument("checkpoint", help="original .pt, .pth, .ckpt or .safetensors file, or hf://OWNER/NAME/FILE")
     parser.add_argument("output", help="folder to make")
     parser.add_argument("--window-size", type=int, help="tokens on a window's side (default: as the file says, or 4)")
     parser.add_argument("--sample-size", type=int, help="training pixels / 8 (default: %(default)s)")
