@@ -1,0 +1,100 @@
+"""What accelerate is told, and the little that it leaves to us: stopping on a signal, sums over processes."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+
+from .settings import TrainingSettings
+
+MOST_BROKEN = 0.01  # of the samples
+
+
+def build_accelerator(settings: TrainingSettings) -> Accelerator:
+    """
+    The accelerator for a run; on a CPU with arithmetic that is the same in every run.
+
+    Raises:
+        `ValueError`: The precision is not for this machine, or the tracker is not installed.
+    """
+    if settings.tracker not in (None, *(str(tracker) for tracker in get_available_trackers())):
+        raise ValueError(f"--tracker {settings.tracker} needs {settings.tracker}: pip install {settings.tracker}")
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        step_scheduler_with_optimizer=False,  # else the learning rate would depend on the number of processes
+        log_with=settings.tracker,
+        project_dir=settings.output,
+    )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate passes the request over on a CPU, where it works all the same.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.device.type == "cpu":
+        accelerator.print("there is no accelerator here: training on the CPU")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.set_flush_denormal(True)
+    return accelerator
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A function that says whether the process was sent SIGTERM while the block runs."""
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def sum_over_processes(accelerator: Accelerator, *numbers: torch.Tensor | float) -> list[float]:
+    """The sum of each number over all processes, in all of them."""
+    numbers = torch.stack([torch.as_tensor(number, device=accelerator.device).double() for number in numbers])
+    return accelerator.reduce(numbers, reduction="sum").tolist()
+
+
+def as_number(norm: torch.Tensor) -> float:
+    """What `clip_grad_norm_` returns, which may be spread over processes."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+class BrokenSamples:
+    """
+    Counts the samples that could not be used, each once, and names them in a file.
+
+    Args:
+        path (`Path`): The file, a line `name: reason` for each.
+        samples (`int`): How many there are, broken or not.
+    """
+
+    def __init__(self, path: Path, samples: int):
+        self.path = path
+        self.samples = samples
+        self.found = set()
+
+    def add(self, accelerator: Accelerator, complaints: list[str]) -> None:
+        """
+        Note what was found in a batch. To be called by all processes, each with its own part of the batch.
+
+        Raises:
+            `ValueError`: More than 1% of the samples are broken.
+        """
+        self.found.update(gather_object(complaints))
+        if self.found and accelerator.is_main_process:
+            named = set(self.path.read_text().splitlines()) if self.path.exists() else set()  # by a run before this
+            with self.path.open("a") as file:
+                file.writelines(f"{complaint}\n" for complaint in sorted(self.found - named))
+        if len(self.found) > MOST_BROKEN * self.samples:
+            raise ValueError(
+                f"{len(self.found)} of {self.samples} samples are broken, more than {MOST_BROKEN:.0%}; one is"
+                f" {min(self.found)}; all that were found are named in {self.path}"
+            )

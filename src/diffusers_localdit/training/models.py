@@ -1,0 +1,151 @@
+"""The transformer that a run trains: new, from another run or resolution, or with LoRA layers; and what it needs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint_io import one_line
+from ..model_info import locate
+from ..transformer_localdit import LocalDiTTransformer2DModel
+from .checkpoints import EMA, TRANSFORMER, latest_checkpoint
+from .objective import initialize_weights
+from .settings import TrainingSettings
+
+VAE_SCALE_FACTOR = 8  # pixels of a picture to one of its latent
+PATCH_SIZE = 2
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def build_transformer(settings: TrainingSettings) -> LocalDiTTransformer2DModel:
+    """
+    Build the transformer in float32, ready to train. Random weights come from torch's generator, to be seeded before.
+
+    Its `sample_size` is that of the run's pictures, from which the scale of the position embedding follows by PixArt's
+    rule, also where the weights are those of another resolution. With LoRA it stays that of the model to adapt.
+
+    Raises:
+        `ValueError`: There is nothing to start from, or it is of another architecture than the one asked for.
+    """
+    sample_size = settings.image_size // VAE_SCALE_FACTOR
+    if settings.lora_rank is not None:
+        base = settings.init_from or settings.pipeline
+        if base is None:
+            raise ValueError("LoRA layers adapt a model: give --init-from or --pipeline")
+        transformer = read_transformer(base)
+        check_architecture(transformer, settings)
+        add_lora(transformer, settings.lora_rank)
+    elif settings.init_from is not None:
+        transformer = read_transformer(settings.init_from, sample_size=sample_size, interpolation_scale=None)
+        check_architecture(transformer, settings)
+    else:
+        unknown = settings.architecture.keys() - LocalDiTTransformer2DModel._get_init_keys(LocalDiTTransformer2DModel)
+        if unknown:
+            raise ValueError(f"architecture: the transformer has no setting {sorted(unknown)[0]!r}")
+        transformer = LocalDiTTransformer2DModel(**({"sample_size": sample_size} | settings.architecture))
+        initialize_weights(transformer)
+    if settings.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train()
+
+
+def read_transformer(source: str, **config: Any) -> LocalDiTTransformer2DModel:
+    """
+    Read a transformer, its averaged weights if it has such.
+
+    Args:
+        source (`str`): A training run's output, a checkpoint, pipeline or transformer folder, or a repository id.
+        config (*optional*): What to change of its configuration.
+    """
+    place = locate(source)
+    if isinstance(place, Path):
+        place = latest_checkpoint(place / "checkpoints") or place
+        if (place / TRANSFORMER).is_dir():
+            place = place / TRANSFORMER
+        if not (place / "config.json").exists():
+            raise ValueError(f"{source} holds no transformer: no config.json in {place}")
+        config["variant"] = EMA if any(place.glob(f"*.{EMA}.safetensors")) else None
+    else:
+        config["subfolder"] = TRANSFORMER
+    try:
+        return LocalDiTTransformer2DModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **config)
+    except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
+        raise ValueError(f"cannot load the transformer of {source}: {one_line(error)}") from error
+
+
+def check_architecture(transformer: LocalDiTTransformer2DModel, settings: TrainingSettings) -> None:
+    for name, value in settings.architecture.items():
+        if transformer.config.get(name) != value:
+            raise ValueError(
+                f"architecture asks for {name}: {value}, but the weights of {settings.init_from or settings.pipeline}"
+                f" have {transformer.config.get(name)}"
+            )
+
+
+def add_lora(transformer: LocalDiTTransformer2DModel, rank: int) -> None:
+    """Low-rank layers on every attention projection, the global branch's included; all else stays as it is."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("--lora-rank needs peft: pip install 'diffusers-localdit[train]'") from error
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_LAYERS)))
+
+
+def build_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    arguments = {
+        "lr": settings.learning_rate,
+        "betas": (0.9, settings.adam_beta2),
+        "eps": 1e-10,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **arguments)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(parameters, **arguments)
+
+
+def memory_estimate(transformer: LocalDiTTransformer2DModel, settings: TrainingSettings) -> dict[str, int]:
+    """
+    Bytes that training takes on one device, by what they are for: as if nothing was sharded, without the VAE and text
+    encoder. Activations are counted by a forward pass without numbers (on the device `meta`), in float32.
+    """
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+    width = 4 if settings.mixed_precision == "no" else 2
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * trained,
+        "optimizer": (8 if settings.optimizer == "adamw" else 2) * trained,
+        "EMA": 4 * trained if settings.ema_decay is not None else 0,
+        "activations": activation_count(transformer.to("meta"), settings) * width,
+    }
+
+
+def activation_count(transformer: LocalDiTTransformer2DModel, settings: TrainingSettings) -> int:
+    """How many numbers a forward pass of one batch keeps for the backward pass."""
+    config, side = transformer.config, settings.image_size // VAE_SCALE_FACTOR
+    kept = {}  # tensors that share their memory count once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(settings.batch_size, *shape, device="meta")
+
+    parameters = {id(parameter.untyped_storage()) for parameter in transformer.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer(
+            zeros(config.in_channels, side, side),
+            encoder_hidden_states=zeros(120, config.caption_channels),
+            timestep=zeros(),
+            added_cond_kwargs={"resolution": zeros(2), "aspect_ratio": zeros(1)},
+            encoder_attention_mask=zeros(120),
+        )
+    count = sum(tensor.numel() for storage, tensor in kept.items() if storage not in parameters)
+    return count
