@@ -28,6 +28,7 @@ SHARD_CAPTIONS = ("txt", "cap", "json")
 CAPTION_FIELDS = ("text", "caption")
 ENCODED = "safetensors"
 METADATA_FILE = "metadata.jsonl"
+LARGEST_HEADER = 1 << 20  # bytes; what is no safetensors file may ask for any amount of memory
 
 
 class BrokenSample(Exception):
@@ -370,7 +371,8 @@ def _picture_size(name: str, file: Path | BinaryIO) -> tuple[int, int]:
 def _latents_size(name: str, file: BinaryIO) -> tuple[int, int]:
     """From the header of a safetensors file: its length in 8 bytes, then JSON."""
     try:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, LARGEST_HEADER)))
         _, height, width = header["latents"]["shape"]
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenSample(name, "holds no latents (channels, height, width)") from error
