@@ -119,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_command("convert", conversion.run, "convert an original checkpoint, or back")
     conversion.add_arguments(command)
 
+    command = add_command("precompute", precompute, "encode pictures and captions to train from")
+    add_precompute_arguments(command)
+
     command = add_command("publish", hub.run, "publish a model as a repository of the Hub")
     hub.add_arguments(command)
 
@@ -167,6 +170,34 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
     )
 
 
+def add_precompute_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("data_root", metavar="DATA_ROOT", help="pictures and captions, as for training")
+    command.add_argument("output", metavar="OUTPUT", help="folder for tar shards; run again to go on")
+    command.add_argument(
+        "--pipeline",
+        metavar="DIR_OR_REPO",
+        default=BUNDLED_NAME,
+        help="has the VAE and the text encoder (default: %(default)s)",
+    )
+    command.add_argument(
+        "--image-size",
+        type=positive,
+        metavar="PIXELS",
+        required=True,
+        help="side of the square pictures, or of a square of the same area",
+    )
+    command.add_argument(
+        "--aspect-ratio-buckets", action="store_true", help="keep the pictures' shapes about as they are"
+    )
+    command.add_argument("--crop", choices=["center", "random"], default="center", help="default: %(default)s")
+    command.add_argument("--samples-per-shard", type=positive, metavar="N", default=1000, help="default: %(default)s")
+    command.add_argument("--seed", type=seed_number, metavar="N", default=0, help="of random crops")
+    command.add_argument("--batch-size", type=positive, metavar="N", default=16, help="default: %(default)s")
+    command.add_argument("--dtype", choices=list(DTYPES.values()), default="float32", help="default: %(default)s")
+    command.add_argument("--device", default=get_device(), help="default: the accelerator if there is one, else cpu")
+    command.add_argument("--num-workers", type=int, metavar="N", default=2, help="processes that read pictures")
+
+
 # Commands
 
 
@@ -187,6 +218,13 @@ def image_to_image(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.like} was made from {settings.get('image')!r}, whose pixels {args.image} has not")
     settings |= {"image": Path(args.image).name, "image_sha256": digest}
     make_pictures(args, settings, LocalDiTImg2ImgPipeline, image=image)
+
+
+def precompute(args: argparse.Namespace) -> None:
+    from .training.precompute import precompute as encode_all  # here, so that the other commands start without it
+
+    usable_device(args.device)
+    encode_all(**{name: value for name, value in vars(args).items() if name not in ("run", "debug")})
 
 
 def info(args: argparse.Namespace) -> None:

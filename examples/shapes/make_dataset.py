@@ -1,0 +1,42 @@
+"""Renders pictures with captions that are not held out into tar shards, for `localdit precompute` and the trainer.
+
+Run it again to resume. A picture depends on the seed and its number only, so that more pictures are the same and more.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+from scenes import render, sample_scene
+from tqdm import tqdm
+
+from diffusers_localdit.training.shards import SHARD_NAME, write_shard
+
+
+def make_sample(seed: int, number: int) -> tuple[str, dict[str, bytes]]:
+    """Key of a picture and its members by extension."""
+    scene = sample_scene(np.random.default_rng([seed, number]))
+    picture = io.BytesIO()
+    render(scene).save(picture, "PNG")
+    return f"{number:08d}", {"png": picture.getvalue(), "txt": scene.caption.encode()}
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("out/shapes/pictures"), help="folder of the shards")
+    parser.add_argument("--pictures", type=int, default=60000)
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    for shard, start in enumerate(tqdm(range(0, args.pictures, args.samples_per_shard), unit=" shards")):
+        path = args.output / SHARD_NAME.format(shard)
+        if not path.exists():
+            numbers = range(start, min(start + args.samples_per_shard, args.pictures))
+            write_shard(path, (make_sample(args.seed, number) for number in numbers))
+
+
+if __name__ == "__main__":
+    main()
