@@ -1,4 +1,4 @@
-"""Every way in which people load a repository, against the loopback Hub and from a folder, in processes of their own."""
+"""Every way in which people load a repository, from the loopback Hub and from a folder, in processes of their own."""
 
 import json
 import re
@@ -145,12 +145,11 @@ def world(tmp_path_factory):
             for i, block in enumerate(card):
                 blocks["diffusers_localdit" in block][f"card {name} {i}"] = f"picture_of({quick(block)!r})"
         python = environment_without_package(tmp / "venv")
+        remote = over_sources(WITHOUT_PACKAGE, folder)
         absent = evaluate(
-            over_sources(WITHOUT_PACKAGE, folder)
+            remote
             | {f"refused {name}": code for name, code in over_sources(WITHOUT_TRUST, folder).items()}
-            | {
-                "text push": f"save_and_push({over_sources(WITHOUT_PACKAGE, folder)['text, id']}, 'owner/pushed-remote')"
-            }
+            | {"text push": f"save_and_push({remote['text, id']}, 'owner/pushed-remote')"}
             | blocks[False],
             client("home-absent", "trace-absent"),
             tmp,
