@@ -1,9 +1,9 @@
-# make demo: pictures from prompts; make test: the whole test suite; make style: format and lint.
+# make demo: pictures from prompts; make test: the test suite; make test-slow: its long versions; make style: format, lint.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test style
+.PHONY: demo test test-slow style
 
 # torch comes first and by its exact pin, so that nothing else decides which build is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 style: $(VENV)/installed
 	$(BIN)/ruff format .
