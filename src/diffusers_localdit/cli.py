@@ -225,6 +225,7 @@ def precompute(args: argparse.Namespace) -> None:
 
     usable_device(args.device)
     encode_all(**{name: value for name, value in vars(args).items() if name not in ("run", "debug")})
+    print(args.output)
 
 
 def info(args: argparse.Namespace) -> None:

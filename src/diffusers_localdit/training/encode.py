@@ -21,14 +21,17 @@ def load_parts(pipeline: str, *names: str, dtypes: dict[str, torch.dtype] | None
         dtypes (`dict[str, torch.dtype]`, *optional*): By the name of the part; float32 for what is not named.
 
     Raises:
-        `ValueError`: It cannot be loaded.
+        `ValueError`: It cannot be loaded, or lacks a part.
     """
     left_out = dict.fromkeys(part for part in PARTS if part not in names)
     dtypes = {"default": torch.float32} | (dtypes or {})
     try:
-        return LocalDiTPipeline.from_pretrained(locate(pipeline), **left_out, torch_dtype=dtypes, use_safetensors=True)
+        pipe = LocalDiTPipeline.from_pretrained(locate(pipeline), **left_out, torch_dtype=dtypes, use_safetensors=True)
     except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
         raise ValueError(f"cannot load the pipeline {pipeline}: {one_line(error)}") from error
+    if missing := [name for name in names if getattr(pipe, name) is None]:
+        raise ValueError(f"the pipeline {pipeline} has no {missing[0]}")
+    return pipe
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from ..checkpoint_io import one_line
-from ..model_info import BUNDLED_NAME
+from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from .buckets import assign, buckets
 from .encode import encode_captions, encode_pictures, load_parts
@@ -56,8 +56,8 @@ def precompute(
     with the sample's `name` as metadata; and `KEY.txt` with the caption as it was found. What was broken is named in
     `broken.txt`; `empty_caption.safetensors` has the `prompt_embeds` of no caption.
 
-    A shard is there as a whole or not at all. Called again after an interruption, this goes on at the first shard that
-    is missing, and all come out as they would have without the interruption, to the byte.
+    A shard is there as a whole or not at all. Called again after an interruption, this goes on with the shards that
+    are missing, and on the CPU all come out as they would have without the interruption, to the byte.
 
     Args:
         data_root (`str`): What to read, as for training.
@@ -84,7 +84,7 @@ def precompute(
     settings = {
         "data": source.fingerprint(),
         "image_size": image_size,
-        "pipeline": pipeline,
+        "pipeline": pipeline if pipeline == BUNDLED_NAME else str(locate(pipeline)),
         "aspect_ratio_buckets": aspect_ratio_buckets,
         "crop": crop,
         "samples_per_shard": samples_per_shard,
@@ -92,21 +92,23 @@ def precompute(
         "batch_size": batch_size,
         "dtype": dtype,
     }
-    _begin_or_go_on(output, settings)
+    _check_output(output, settings)
     shards = [output / SHARD_NAME.format(number) for number in range(math.ceil(len(source) / samples_per_shard))]
     missing = {number: path for number, path in enumerate(shards) if not path.exists()}
     if not missing:
         return
     indices = [index for index in range(len(source)) if index // samples_per_shard in missing]
-    log = output / BROKEN_FILE
-    _forget(log, set(indices))
 
     dtypes = {"text_encoder": getattr(torch, dtype), "vae": torch.bfloat16 if dtype == "bfloat16" else torch.float32}
     pipe = load_parts(pipeline, "tokenizer", "text_encoder", "vae", dtypes=dtypes).to(device or get_device())
     sizes = buckets(image_size, pipe.vae_scale_factor * PATCH_SIZE, aspect_ratio_buckets)
     empty_caption = {"prompt_embeds": _unpadded_embeds(pipe, [""])[0]}
-    _write_whole(output / EMPTY_CAPTION_FILE, safetensors.torch.save(empty_caption))
 
+    log = output / BROKEN_FILE
+    output.mkdir(parents=True, exist_ok=True)
+    _write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=2).encode() + b"\n")
+    _write_whole(output / EMPTY_CAPTION_FILE, safetensors.torch.save(empty_caption))
+    _forget(log, set(indices))
     rest = Subset(Cuts(source, sizes, crop, seed), indices)
     loader = DataLoader(rest, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
     done = len(source) - len(indices)
@@ -117,7 +119,12 @@ def precompute(
             usable = _name_broken(islice(cuts, samples_per_shard), log, most=MOST_BROKEN * len(source))
             for batch in _batches_of_one_size(usable, batch_size):
                 encoded.update(_encode_samples(pipe, batch))
-            write_shard(path, sorted(encoded.items()))
+            try:
+                write_shard(path, sorted(encoded.items()))
+            except OSError as error:
+                raise DataError(
+                    f"cannot write {path}: {error.strerror}; put it right and run again, the shards before are whole"
+                ) from error
 
 
 class Cut(NamedTuple):
@@ -193,7 +200,7 @@ def _encode_samples(pipe: LocalDiTPipeline, batch: list[Cut]) -> Iterator[tuple[
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{cut.name} gives numbers that are not finite in float16; choose another --dtype")
         # One entry only: safetensors writes several in random order, and shards are to be the same to the byte.
-        content = safetensors.torch.save(tensors, metadata={"name": cut.name})
+        content = safetensors.torch.save(tensors, metadata={"name": cut.name.encode(errors="replace").decode()})
         yield f"{cut.index:08d}", {"safetensors": content, "txt": cut.caption.encode()}
 
 
@@ -205,23 +212,19 @@ def _unpadded_embeds(pipe: LocalDiTPipeline, captions: list[str]) -> list[torch.
 # Files
 
 
-def _begin_or_go_on(output: Path, settings: dict[str, Any]) -> None:
-    """Keeps the settings in a new folder and compares them with those of one that was begun."""
+def _check_output(output: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder that was begun with other settings, or where other files lie."""
     path = output / SETTINGS_FILE
     if path.exists():
         begun = json.loads(path.read_text())
-        differing = [name for name, value in settings.items() if begun.get(name) != value]
-        if differing:
+        if differing := [name for name, value in settings.items() if begun.get(name) != value]:
             raise ValueError(
                 f"{output} was begun with other settings: "
                 + ", ".join(f"{name} was {begun.get(name)} and is {settings[name]}" for name in differing)
                 + "; repeat them to go on, or choose another OUTPUT"
             )
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    if others := [other.name for other in output.iterdir() if other.suffix != UNFINISHED]:
-        raise ValueError(f"{output} holds {sorted(others)[0]} and no {SETTINGS_FILE}; choose a new or empty OUTPUT")
-    _write_whole(path, json.dumps(settings, indent=2).encode() + b"\n")
+    elif output.exists() and (others := [one.name for one in output.iterdir() if one.suffix != UNFINISHED]):
+        raise ValueError(f"{output} holds {min(others)} and no {SETTINGS_FILE}; choose a new or empty OUTPUT")
 
 
 def _write_whole(path: Path, content: bytes) -> None:
