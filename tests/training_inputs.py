@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["diffusers_localdit.training.train"])
+PROCESSES.set_forkserver_preload(["diffusers_localdit.training.train", "matplotlib.backends.backend_agg"])
 NUMBERS = itertools.count()
 CHANNELS = 8  # of the text embeddings
 # Without accelerator, even where there is one: exact resuming is promised for the CPU.
@@ -89,6 +89,8 @@ class Training(PROCESSES.Process):
         if self.size_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size_limit, resource.RLIM_INFINITY))
         torch.set_num_threads(1)
+        # As in a process that was not forked off a server: so that the loader's workers notice their parent's death.
+        multiprocessing.set_start_method("fork", force=True)
         from diffusers_localdit.training.train import main
 
         sys.exit(main(self.arguments, prog="train"))

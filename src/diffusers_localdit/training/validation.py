@@ -156,6 +156,8 @@ def save_plot(rows: list[dict[str, Any]], path: Path, points: int = 200) -> None
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     with written_whole(path, overwrite=True) as unfinished:
         figure.savefig(unfinished, dpi=120, metadata={"Software": None})
