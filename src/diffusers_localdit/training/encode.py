@@ -26,7 +26,7 @@ def load_parts(pipeline: str, *names: str, dtypes: dict[str, torch.dtype] | None
     left_out = dict.fromkeys(part for part in PARTS if part not in names)
     dtypes = {"default": torch.float32} | (dtypes or {})
     try:
-        pipe = LocalDiTPipeline.from_pretrained(locate(pipeline), **left_out, torch_dtype=dtypes, use_safetensors=True)
+        pipe = LocalDiTPipeline.from_pretrained(locate(pipeline), **left_out, dtype=dtypes, use_safetensors=True)
     except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
         raise ValueError(f"cannot load the pipeline {pipeline}: {one_line(error)}") from error
     if missing := [name for name in names if getattr(pipe, name) is None]:
