@@ -48,8 +48,8 @@ def fetched(checkpoint: str | os.PathLike) -> str | os.PathLike:
             The address, with the revision after an `@` behind the name if it is not the main one; or a path.
 
     Returns:
-        `str` or `os.PathLike`: Where the file is in huggingface_hub's cache, which goes on with an interrupted
-        download; or the path, as it was given.
+        `str` or `os.PathLike`: Where the file is in huggingface_hub's cache (its download goes on where a connection
+        broke), or the path as it was given.
 
     Raises:
         `CheckpointError`: This is no address of a file, or the file cannot be had.
@@ -62,7 +62,7 @@ def fetched(checkpoint: str | os.PathLike) -> str | os.PathLike:
         address = parse_hf_uri(str(checkpoint))
         return hf_hub_download(address.id, address.path_in_repo, repo_type=address.type, revision=address.revision)
     except Exception as error:  # a wrong address, no such file, no access, a connection that broke, a full disk
-        raise CheckpointError(f"cannot download {checkpoint}: {one_line(error)}; run it again to go on") from error
+        raise CheckpointError(f"cannot download {checkpoint}: {one_line(error)}") from error
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:

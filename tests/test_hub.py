@@ -1,0 +1,632 @@
+"""Repositories of the Hub: what is in them, that they are verified, and uploads that fail in every way."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_clients import (
+    ROOT,
+    TEMPLATES,
+    assemble_tiny,
+    environment_without_package,
+    save_tiny_pipeline,
+    template_for_tiny,
+)
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import diffusers_localdit
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel, hub
+from diffusers_localdit.cli import main
+from diffusers_localdit.png_settings import read_settings
+
+SOURCES = Path(diffusers_localdit.__file__).parent
+CARDS = sorted(TEMPLATES.glob("*/README.md"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def repository(model, tmp_path_factory) -> Path:
+    return assemble_tiny(model, tmp_path_factory.mktemp("assembled") / "repository")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestAssembly:
+    def test_code_is_that_of_the_package(self, repository):
+        for name, source in hub.REMOTE_CODE.items():
+            assert (repository / name).read_bytes() == (SOURCES / source).read_bytes()
+        assert {name for name in names(repository) if name.endswith(".py")} == {*hub.REMOTE_CODE, "handler.py"}
+
+    def test_weights_and_configurations_are_those_of_the_model(self, repository, model):
+        taken = {name for name in names(model) if name != "model_index.json"}
+        assert taken < names(repository)
+        for name in taken:
+            ours, theirs = (repository / name).read_bytes(), (model / name).read_bytes()
+            if name.endswith("/config.json"):
+                ours, theirs = json.loads(ours), json.loads(theirs)
+                theirs.pop("_name_or_path", None)
+            assert ours == theirs
+
+    def test_nothing_tells_where_it_was_made(self, model, repository, tmp_path):
+        pipe = LocalDiTPipeline.from_pretrained(model)
+        pipe.save_pretrained(tmp_path / "saved")
+        assert str(model) in (tmp_path / "saved" / "model_index.json").read_text()
+        folder = assemble_tiny(tmp_path / "saved", tmp_path / "repository")
+        for path in folder.rglob("*.json"):
+            assert str(model) not in path.read_text() and "_name_or_path" not in path.read_text()
+
+    def test_card_is_filled_in(self, repository):
+        card = (repository / "README.md").read_text()
+        assert "$" not in card and 'from_pretrained("owner/tiny")' in card
+        parameters = sum(
+            tensor.numel()
+            for tensor in load_file(repository / "transformer" / "diffusion_pytorch_model.safetensors").values()
+        )
+        assert re.search(rf"LocalDiTTransformer2DModel +{parameters:,} ", card)
+
+    def test_without_text_encoder_and_with_parts_of_another_pipeline(self, model, tmp_path):
+        (tmp_path / "converted").mkdir()
+        (tmp_path / "converted" / "transformer").symlink_to(model / "transformer")
+        folder = assemble_tiny(
+            tmp_path / "converted", tmp_path / "repository", base_pipeline=model, text_encoder=False
+        )
+        assert not {"text_encoder", "tokenizer"} & {name.split("/")[0] for name in names(folder)}
+        pipe = LocalDiTPipeline.from_pretrained(folder)
+        assert pipe.text_encoder is None and pipe.tokenizer is None
+        expected = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.vae.state_dict().items())
+
+    def test_shards_variants_and_dtype(self, model, tmp_path):
+        folder = assemble_tiny(
+            model, tmp_path / "repository", dtype=torch.bfloat16, variants=["fp16"], max_shard_size=60_000
+        )
+        files = {name for name in names(folder) if name.startswith("transformer/") and "safetensors" in name}
+        assert "transformer/diffusion_pytorch_model.safetensors" not in files
+        assert len([name for name in files if re.search(r"model-\d{5}-of-\d{5}\.safetensors", name)]) > 1
+        assert len([name for name in files if re.search(r"model\.fp16-\d{5}-of-\d{5}\.safetensors", name)]) > 1
+        original = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+        for variant, dtype in ((None, torch.bfloat16), ("fp16", torch.float16)):
+            loaded = LocalDiTTransformer2DModel.from_pretrained(
+                folder, subfolder="transformer", variant=variant, dtype=dtype
+            )
+            for name, tensor in loaded.state_dict().items():
+                assert torch.equal(tensor, original[name].to(dtype))
+        assert LocalDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
+
+    def test_own_variants_are_taken_over(self, model, tmp_path):
+        pipe = LocalDiTPipeline.from_pretrained(model)
+        pipe.save_pretrained(tmp_path / "saved")
+        with torch.no_grad():
+            pipe.transformer.proj_out.bias += 1
+        pipe.transformer.save_pretrained(tmp_path / "saved" / "transformer", variant="ema")
+        folder = assemble_tiny(tmp_path / "saved", tmp_path / "repository")
+        ema = LocalDiTPipeline.from_pretrained(folder, variant="ema").transformer
+        assert torch.equal(ema.proj_out.bias, pipe.transformer.proj_out.bias)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda model, template: (model / "model_index.json").unlink(), "cannot read .*model_index.json: "),
+            (lambda model, template: (model / "vae" / "config.json").write_text("{"), "cannot read .*config.json: "),
+            (lambda model, template: (template / "README.md").unlink(), "has no README.md for the repository"),
+            (lambda model, template: (template / "README.md").write_text("$nothing"), "known are repo_id, "),
+            (
+                lambda model, template: (model / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+                "vae has no .safetensors weights",
+            ),
+            (
+                lambda model, template: (model / "transformer").rename(model / "unet"),
+                "has no folder transformer; expected a saved pipeline",
+            ),
+        ],
+    )  # fmt: skip
+    def test_refusals_leave_nothing(self, spoil, message, model, tmp_path):
+        broken = Path(shutil.copytree(model, tmp_path / "broken"))
+        template = template_for_tiny("localdit-shapes", tmp_path)
+        spoil(broken, template)
+        with pytest.raises(hub.PublishError, match=message):
+            hub.assemble(broken, tmp_path / "repository", "owner/tiny", template)
+        assert {path.name for path in tmp_path.iterdir()} == {"broken", "localdit-shapes"}
+
+    def test_refuses_another_model_than_the_template_says(self, model, tmp_path):
+        with pytest.raises(hub.PublishError, match="if this is another model, give it a folder of its own"):
+            hub.assemble(model, tmp_path / "repository", "owner/LocalDiT-1024", TEMPLATES / "LocalDiT-1024")
+        assert list(tmp_path.iterdir()) == []
+        hub.assemble(BUNDLED_MODEL, tmp_path / "shapes", "owner/localdit-shapes", TEMPLATES / "localdit-shapes")
+
+
+class TestPublish:
+    """The command, in this process; verification starts processes of its own."""
+
+    @pytest.fixture
+    def arguments(self, model, tmp_path, monkeypatch):
+        def upload(*_):
+            raise AssertionError("uploaded")
+
+        monkeypatch.setattr(hub, "upload", upload)
+        template = template_for_tiny("localdit-shapes", tmp_path)
+        return ["publish", str(model), "--repo-id", "owner/tiny", "--template", str(template)]
+
+    def test_dry_run(self, arguments, tmp_path, capsys):
+        assert main([*arguments, "--dry-run", "--output", str(tmp_path / "kept")]) == 0
+        *listed, total, verified, last = capsys.readouterr().out.splitlines()
+        sizes = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listed}
+        assert sizes == {name: (tmp_path / "kept" / name).stat().st_size for name in names(tmp_path / "kept")}
+        assert total.split() == [f"{sum(sizes.values()):,}", "in", str(len(sizes)), "files"]
+        assert verified.startswith("verified: ") and last == "dry run: nothing was uploaded to owner/tiny"
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("return self._guidance_scale\n", "return 2 * self._guidance_scale\n", "give different latents"),
+            ("import torch\n", "import torch_that_is_missing\n", "loading by the repository's own code: Module"),
+        ],
+    )
+    def test_failed_verification_uploads_nothing(self, old, new, message, arguments, tmp_path, monkeypatch, capsys):
+        source = (SOURCES / "pipeline_localdit.py").read_text()
+        assert old in source
+        (tmp_path / "pipeline.py").write_text(source.replace(old, new, 1))
+        monkeypatch.setitem(hub.REMOTE_CODE, "pipeline.py", tmp_path / "pipeline.py")
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("localdit: error: verification failed") and message in error
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["publish", "nowhere/at-all", "--repo-id", "a/b"], "there is no folder nowhere/at-all"),
+            (["publish", "localdit-shapes", "--repo-id", "a/unknown"], "unknown has no README.md for the repository"),
+        ],
+    )
+    def test_errors_in_one_line(self, arguments, message, capsys):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+# Evaluates an expression per line, with a token of its own. The client waits between its attempts, which takes long.
+WORKER = """
+import json, os, resource, sys, time
+time.sleep = lambda seconds: None
+from huggingface_hub import snapshot_download
+from diffusers_localdit import hub
+from diffusers_localdit.checkpoint_io import fetched
+
+def on_full_disk(function, size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        return function()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+for line in sys.stdin:
+    os.environ["HF_TOKEN"], expression = json.loads(line)
+    try:
+        answer = {"result": str(eval(expression))}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Worker:
+    """A process with the real client, its login and its cache."""
+
+    def __init__(self, environment: dict[str, str], folder: Path):
+        self.log = folder / "log.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=environment | {"HF_HUB_VERBOSITY": "debug"},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+        self.answers = []
+
+    def ask(self, expression: str, token: str = TOKEN) -> dict[str, str]:
+        self.process.stdin.write(json.dumps([token, expression]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        self.answers.append(line)
+        return json.loads(line)
+
+    def stop(self) -> str:
+        """Everything that it wrote."""
+        self.process.stdin.close()
+        self.process.wait()
+        return self.log.read_text() + "".join(self.answers)
+
+
+class TestUpload:
+    """Over the LFS path, in the order in which they stand: the tests share a server and a client."""
+
+    @pytest.fixture(scope="class")
+    def server(self):
+        with LoopbackHub() as server:
+            yield server
+
+    @pytest.fixture(scope="class")
+    def worker(self, server, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("worker")
+        worker = Worker(server.environment(folder / "home"), folder)
+        yield worker
+        output = worker.stop()
+        assert "Request " in output or "request" in output.lower()  # the log is on
+        assert TOKEN not in output and READ_TOKEN not in output
+
+    @pytest.fixture
+    def changed(self, repository, tmp_path):
+        """The repository's folder with other weights in two components and one file less."""
+        folder = Path(shutil.copytree(repository, tmp_path / "changed"))
+        for path in (folder / "transformer", folder / "vae"):
+            weights = path / "diffusion_pytorch_model.safetensors"
+            tensors = load_file(weights)
+            next(iter(tensors.values())).add_(torch.rand(1).item() + 1)
+            save_file(tensors, weights, metadata={"format": "pt"})
+        (folder / "handler.py").unlink()
+        return folder
+
+    def head(self, server, repository="owner/tiny"):
+        found = server.repositories[repository]
+        return found.find("main")
+
+    def contents(self, server, repository="owner/tiny") -> dict[str, bytes]:
+        return {path: server.contents[file.sha256] for path, file in self.head(server, repository).files.items()}
+
+    def test_one_commit_with_all_files(self, server, worker, repository):
+        answer = worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
+        assert answer == {"result": f"{server.endpoint}/owner/tiny/commit/{self.head(server).oid}"}
+        assert self.contents(server) == {name: (repository / name).read_bytes() for name in names(repository)}
+        assert [commit.title for commit in server.repositories["owner/tiny"].commits][1:] == [
+            "Publish with diffusers_localdit"
+        ]
+
+    def test_nothing_is_sent_twice(self, server, worker, repository):
+        before, uploads = self.head(server), list(server.uploads)
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
+        assert self.head(server) == before
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/second')")
+        assert server.uploads == uploads
+        assert self.contents(server, "owner/second") == self.contents(server)
+
+    def test_left_over_code_and_weights_are_deleted(self, server, worker, repository, changed):
+        assert "result" in worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
+        assert "handler.py" not in self.contents(server)
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
+        assert "handler.py" in self.contents(server)
+
+    def test_a_fault_of_the_server_is_tried_again(self, server, worker, changed):
+        for request in ("POST /api/models/owner/tiny/preupload/", "PUT /objects/", "POST /objects/verify"):
+            server.fail(request, 503)
+        assert "result" in worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
+        assert self.contents(server) == {name: (changed / name).read_bytes() for name in names(changed)}
+
+    @pytest.mark.parametrize(
+        ("request_line", "answer", "advice"),
+        [
+            ("POST /api/models/owner/tiny/commit/", 503, "run the same command again"),
+            ("POST /api/models/owner/tiny/commit/", "cut", "run the same command again"),
+            ("POST /api/models/owner/tiny/commit/", 412, "somebody else committed meanwhile"),
+            ("POST /api/models/owner/tiny/commit/", 403, "log in with `hf auth login`"),
+            ("POST /api/models/owner/tiny/preupload/", 401, "log in with `hf auth login`"),
+            ("PUT /objects/", "cut", "run the same command again"),
+            ("PUT /objects/", 503, "run the same command again"),
+        ],
+    )
+    def test_interrupted(self, request_line, answer, advice, server, worker, changed):
+        before = self.head(server)
+        server.fail(request_line, answer, times=50)
+        error = worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")["error"]
+        server.failures.clear()
+        assert error.startswith("PublishError: the upload to owner/tiny failed (") and "\n" not in error
+        assert f"the previous revision {before.oid} is intact" in error and advice in error
+        assert self.head(server) == before
+
+        assert "result" in worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
+        assert self.contents(server) == {name: (changed / name).read_bytes() for name in names(changed)}
+        assert len(server.uploads) == len(set(server.uploads))
+
+    def test_half_of_the_files_arrived(self, server, worker, changed):
+        server.fail(f"PUT /objects/{sha256(changed / 'vae' / 'diffusion_pytorch_model.safetensors')}", "cut", times=50)
+        before = self.head(server)
+        assert "error" in worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
+        server.failures.clear()
+        arrived = sha256(changed / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert arrived in server.uploads and self.head(server) == before
+        assert "result" in worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
+        assert server.uploads.count(arrived) == 1
+
+    def test_somebody_else_commits_meanwhile(self, server, worker, repository, changed):
+        """Between our look at the repository and our commit."""
+        found = server.repositories["owner/tiny"]
+        theirs = {"theirs.txt": server.store("theirs.txt", b"theirs")}
+        head = found.find("main")
+        late = f"lambda *args, **options: real(*args, **options | dict(parent_commit={head.oid!r}))"
+        worker.ask("globals().update(real=hub.HfApi.create_commit)")
+        worker.ask(f"setattr(hub.HfApi, 'create_commit', {late})")
+        found.commit("main", "theirs", head.files | theirs)
+        error = worker.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")["error"]
+        worker.ask("setattr(hub.HfApi, 'create_commit', real)")
+        assert "somebody else committed meanwhile" in error
+        assert "theirs.txt" in self.contents(server)
+
+    @pytest.mark.parametrize("token", [READ_TOKEN, "hf_unknown"])
+    def test_no_right_to_write(self, token, server, worker, repository):
+        error = worker.ask(f"hub.upload({str(repository)!r}, 'owner/new')", token=token)["error"]
+        assert "nothing was published; log in with `hf auth login`" in error
+        assert "owner/new" not in server.repositories
+
+    def test_branch(self, server, worker, repository):
+        before = self.head(server)
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny', revision='next')")
+        assert self.head(server) == before
+        assert set(server.repositories["owner/tiny"].find("next").files) >= names(repository)
+
+    def test_private(self, server, worker, repository):
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/secret', private=True)")
+        assert server.repositories["owner/secret"].private
+        error = worker.ask(f"hub.upload({str(repository)!r}, 'owner/second', private=True)")["error"]
+        assert error == (
+            "PublishError: owner/second exists and is public; make it private first, or leave out --private"
+        )
+
+    def test_full_disk_while_assembling(self, worker, model, repository, tmp_path):
+        template = template_for_tiny("localdit-shapes", tmp_path)
+        call = f"hub.assemble({str(model)!r}, {str(tmp_path / 'new')!r}, 'owner/tiny', {str(template)!r})"
+        error = worker.ask(f"on_full_disk(lambda: {call}, 30_000)")["error"]
+        assert error == f"CheckpointError: cannot write {tmp_path / 'new'}: File too large"
+        assert [path.name for path in tmp_path.iterdir()] == ["localdit-shapes"]
+
+    def test_interrupted_download_goes_on(self, server, worker):
+        content = torch.rand(6_000_000).numpy().tobytes()  # the client keeps what arrived in pieces of 10 MiB
+        server.add("owner/original", {"folder/LocalDiT.pt": content})
+        address = "hf://owner/original/folder/LocalDiT.pt"
+
+        error = worker.ask(f"on_full_disk(lambda: fetched({address!r}), 1_000_000)")["error"]
+        assert error.startswith(f"CheckpointError: cannot download {address}: ") and "File too large" in error
+        server.downloads.clear()
+        server.fail("GET /objects/", "cut")
+        path = worker.ask(f"fetched({address!r})")["result"]
+        assert Path(path).read_bytes() == content
+        assert [asked for _, asked in server.downloads] == [None, f"bytes={10 * 2**20}-"]
+
+    @pytest.mark.parametrize(
+        ("address", "message"),
+        [("hf://owner", "cannot download hf://owner: "), ("hf://owner/original/none.pt", "Entry Not Found|404")],
+    )
+    def test_wrong_address(self, address, message, worker):
+        error = worker.ask(f"fetched({address!r})")["error"]
+        assert error.startswith("CheckpointError: ") and re.search(message, error) and "\n" not in error
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_upload_and_download_through_xet(repository, tmp_path):
+    (tmp_path / "store").mkdir()
+    with LoopbackHub(tmp_path / "store") as server:
+        server.expect_through_xet(repository)
+        worker = Worker(server.environment(tmp_path / "home", xet=True), tmp_path)
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
+        folder = Path(worker.ask("snapshot_download('owner/tiny')")["result"])
+        output = worker.stop()
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == {
+        name: (repository / name).read_bytes() for name in names(repository)
+    }
+    assert server.uploads == [] and not any(name.endswith(".safetensors") for name, _ in server.downloads)
+    assert TOKEN not in output
+
+
+# As the server of Inference Endpoints: what a handler raises is answered with 400.
+ENDPOINT = """
+import io, json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+import PIL.Image
+sys.path.insert(0, sys.argv[1])
+from handler import EndpointHandler
+
+endpoint = EndpointHandler(sys.argv[1])
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        try:
+            is_json = self.headers["Content-Type"] == "application/json"
+            picture = endpoint(json.loads(body) if is_json else {"inputs": PIL.Image.open(io.BytesIO(body))})
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            status, content = 200, content.getvalue()
+        except Exception as error:
+            status, content = 400, json.dumps({"error": str(error)}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+server = HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+class TestHandler:
+    """Where the package is not installed, as on an endpoint."""
+
+    @pytest.fixture(scope="class")
+    def client(self, repository, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("endpoint")
+        python = environment_without_package(folder / "venv")
+        process = subprocess.Popen(
+            [python, "-c", ENDPOINT, repository],
+            env=LoopbackHub().environment(folder / "home") | {"HF_HUB_OFFLINE": "1"},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "log.txt").open("w"),
+            text=True,
+        )
+        port = process.stdout.readline()
+        assert port, (folder / "log.txt").read_text()
+        yield InferenceClient(model=f"http://127.0.0.1:{int(port)}")
+        process.terminate()
+        process.wait()
+
+    def test_text_to_image_is_that_of_the_pipeline(self, client, repository):
+        settings = {"height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 3.0}
+        picture = client.text_to_image("a red circle", negative_prompt="a square", seed=5, **settings)
+        pipe = LocalDiTPipeline.from_pretrained(repository)
+        generator = torch.Generator().manual_seed(5)
+        expected = pipe("a red circle", negative_prompt="a square", generator=generator, **settings).images[0]
+        assert picture.tobytes() == expected.tobytes()
+
+    def test_image_to_image(self, client):
+        sketch = io.BytesIO()
+        Image.linear_gradient("L").resize((70, 50)).save(sketch, "PNG")
+        pictures = [
+            client.image_to_image(sketch.getvalue(), prompt="a red circle", num_inference_steps=4, seed=1, **strength)
+            for strength in ({"strength": 0.0}, {"strength": 0.25}, {"strength": 1.0})
+        ]
+        assert {picture.size for picture in pictures} == {(64, 48)}
+        assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
+
+    def test_numbers_are_brought_into_range(self, client):
+        # The model's pictures are of 128 pixels: at most 256, in multiples of 16.
+        settings = {"num_inference_steps": -3, "seed": 0}
+        assert client.text_to_image("a", height=10**6, width=1, **settings).size == (16, 256)
+        assert client.text_to_image("a", height=70, width=75, **settings).size == (80, 64)
+        pictures = [client.text_to_image("a", guidance_scale=scale, **settings) for scale in (20.0, 1e9)]
+        assert pictures[0].tobytes() == pictures[1].tobytes()
+
+    @pytest.mark.parametrize(
+        ("payload", "message"),
+        [
+            ({"inputs": "a", "parameters": {"height": "high"}}, "`height` must be a number but is 'high'"),
+            ({"inputs": "a", "parameters": {"seed": True}}, "`seed` must be a number but is True"),
+            ({"inputs": "a", "parameters": {"guidance_scale": float("inf")}}, "`guidance_scale` must be a number"),
+            ({"inputs": "a", "parameters": {"negative_prompt": 1}}, "`negative_prompt` must be a text but is 1"),
+            ({"inputs": "a", "parameters": {"scheduler": "DDIM"}}, "unknown parameter `scheduler`; known are prompt"),
+            ({"inputs": "a", "parameters": ["steps"]}, "`parameters` must be an object"),
+            ({"inputs": "a", "parameters": {"strength": 0.5}}, "`strength` needs a picture as `inputs`"),
+            ({"inputs": 5}, "`inputs` must be a prompt, or a picture with `parameters.prompt`"),
+            ({}, "`inputs` must be a prompt"),
+            ({"inputs": "no picture", "parameters": {"prompt": "a"}}, "`inputs` must be a picture in base64"),
+            ({"inputs": "{bomb}", "parameters": {"prompt": "a"}}, "the picture has 5000 x 5000 pixels"),
+        ],
+    )
+    def test_bad_requests_get_a_reason(self, payload, message, client):
+        bomb = io.BytesIO()
+        Image.new("1", (5000, 5000)).save(bomb, "PNG")
+        if payload.get("inputs") == "{bomb}":
+            payload = payload | {"inputs": base64.b64encode(bomb.getvalue()).decode()}
+        request = urllib.request.Request(
+            client.model, json.dumps(payload).encode(), {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as answer:
+            urllib.request.urlopen(request)
+        assert answer.value.code == 400
+        assert json.loads(answer.value.read())["error"].startswith(message)
+
+    def test_the_client_sees_the_refusal(self, client):
+        with pytest.raises(HfHubHTTPError, match="unknown parameter `scheduler`"):
+            client.text_to_image("a", scheduler="DDIM")
+
+
+class TestTemplates:
+    """The client checks almost nothing of a card."""
+
+    TAGS = {"text-to-image", "image-to-image", "diffusers", "localdit", "window-attention"}
+
+    @pytest.fixture(params=CARDS, ids=lambda path: path.parent.name)
+    def card(self, request):
+        return request.param
+
+    def metadata(self, card):
+        start, front_matter, body = card.read_text().split("---\n", 2)
+        assert start == ""
+        return yaml.safe_load(front_matter), body
+
+    def test_metadata(self, card):
+        metadata, _ = self.metadata(card)
+        allowed = {
+            "license": str, "language": str, "library_name": str, "pipeline_tag": str, "tags": list, "widget": list,
+            "datasets": list, "base_model": str, "base_model_relation": str,
+        }  # fmt: skip
+        assert {name: type(value) for name, value in metadata.items()}.items() <= allowed.items()
+        assert (metadata["license"], metadata["language"]) == ("apache-2.0", "en")
+        assert (metadata["library_name"], metadata["pipeline_tag"]) == ("diffusers", "text-to-image")
+        assert set(metadata["tags"]) == self.TAGS
+        relation = metadata.get("base_model_relation")
+        assert ("base_model" in metadata) == (relation in ("adapter", "finetune", "merge", "quantized"))
+
+    def test_widget_shows_pictures_that_are_there_and_of_that_prompt(self, card):
+        metadata, body = self.metadata(card)
+        shown = set()
+        for example in metadata["widget"]:
+            assert example.keys() <= {"text", "parameters", "output"} and isinstance(example["text"], str)
+            assert example["parameters"].keys() <= {"negative_prompt"}
+            if "output" in example:
+                picture = card.parent / example["output"]["url"]
+                shown.add(picture)
+                made_by = read_settings(picture)
+                assert made_by["prompt"] == example["text"]
+                assert made_by["negative_prompt"] == example["parameters"]["negative_prompt"]
+        assert shown == set(card.parent.glob("images/*"))
+        assert ("<Gallery />" in body) == bool(shown)
+
+    def test_sections(self, card):
+        _, body = self.metadata(card)
+        sections = re.findall(r"^## (.+)$", body, re.MULTILINE)
+        assert sections == [
+            "With the package", "Without the package", "Image to image", "The model", "Limitations", "Licence",
+        ]  # fmt: skip
+        assert "$model_info" in body and "DATAGRID" in body
+
+    def test_code_serves_all_repositories(self, card):
+        for name in ("handler.py", "requirements.txt", ".gitattributes"):
+            assert (card.parent / name).read_bytes() == (CARDS[0].parent / name).read_bytes()
+
+    def test_requirements_are_those_of_the_package(self, card):
+        dependencies = re.search(r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+        wanted = set(re.findall(r'^    "(.+?)"', dependencies[1], re.M))
+        listed = (card.parent / "requirements.txt").read_text().split()
+        assert listed == sorted(listed)
+        # The endpoint brings the others.
+        assert wanted - set(listed) == {line for line in wanted if line.startswith(("torch>", "huggingface_hub>"))}
+
+    def test_configuration_is_one_of_ours(self, card):
+        config = json.loads((card.parent / "transformer" / "config.json").read_text())
+        if card.parent.name == "localdit-shapes":
+            shipped = json.loads((BUNDLED_MODEL / "transformer" / "config.json").read_text())
+            assert config.items() <= shipped.items()
+        else:
+            with torch.device("meta"):
+                model = LocalDiTTransformer2DModel.from_config(config | {"use_global_context": False})
+            assert round(model.num_parameters() / 1e6, 1) == 398.8
