@@ -234,9 +234,9 @@ def test_precomputed_samples_that_do_not_fit_are_broken(tmp_path):
     write_shard(tmp_path / "a.tar", samples)
     data = dataset(tmp_path, sizes=[(64, 64)])
     reasons = [
-        "a.tar/1: has latents of shape (16, 8, 8); expected (4, 8, 8)",
+        "a.tar/1: has latents of shape (16, 8, 8) and embeddings of 6 channels; expected (4, 8, 8) and 6",
         "a.tar/2: holds no latents and prompt_embeds (",
-        "a.tar/3: has prompt_embeds of shape (7,); expected (6,)",
+        "a.tar/3: has latents of shape (4, 8, 8) and embeddings of 7 channels; expected (4, 8, 8) and 6",
         "a.tar/4: has prompt_embeds (0, 6); expected (tokens, channels)",
         "a.tar/5: holds no latents and prompt_embeds ('prompt_embeds')",
     ]
@@ -258,6 +258,14 @@ def test_too_few_samples_are_refused(folder, shards):
         dataset(folder, global_batch_size=37)
     with pytest.raises(DataError, match=r"the 30 usable samples do not fill one batch of 21 .* of one size"):
         dataset(shards, global_batch_size=21)
+
+
+def test_precomputed_samples_that_fill_no_batch_are_told(shards, caplog):
+    dataset(shards, global_batch_size=10)
+    assert not caplog.records
+    names = [batch["names"] for batch in stream(dataset(shards, global_batch_size=11), 2)]
+    assert "10 of 30 precomputed samples are never drawn" in caplog.text
+    assert all(int(name[-8:]) % 3 for batch in names for name in batch)
 
 
 def test_batch_that_processes_cannot_share_is_refused(folder):

@@ -1,5 +1,6 @@
 """Samples with everything that is random about them, and the endless, resumable stream of their batches."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -19,6 +19,8 @@ from .pictures import PictureError, decode, resize_and_crop
 from .random import Stream, sample_generator
 from .shards import DataError
 from .sources import BrokenSample, RawSample, Source, normalize_caption
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDataset(Dataset):
@@ -83,6 +85,7 @@ class TrainingDataset(Dataset):
             self._check_sizes(found * spatial_scale)
             self.bucket_of_sample = assign_all(found, sizes)
             self.caption_channels = self._find_caption_channels()
+            self._tell_of_small_buckets()
         else:
             if len(sizes) == 1:  # then the sizes of the pictures decide nothing, and training starts at once
                 found, self.broken = np.ones((len(source), 2)), []
@@ -102,6 +105,16 @@ class TrainingDataset(Dataset):
             raise DataError(
                 f"samples were precomputed at {height} x {width} pixels; expected the image size and the setting of "
                 "aspect ratio buckets of training to be those of precomputing"
+            )
+
+    def _tell_of_small_buckets(self) -> None:
+        """What was cut to one size cannot be moved to another."""
+        counts = np.bincount(self.bucket_of_sample[self.bucket_of_sample != UNUSABLE])
+        lost = counts[counts < self.global_batch_size].sum()
+        if lost:
+            logger.warning(
+                f"{lost} of {len(self)} precomputed samples are never drawn: there are fewer of their sizes than the "
+                f"{self.global_batch_size} of one batch"
             )
 
     def _find_caption_channels(self) -> int:
@@ -132,21 +145,12 @@ class TrainingDataset(Dataset):
         try:
             raw = self.source.read(index)
             if self.source.precomputed:
-                content = _encoded(raw)
-                _expect_shape(raw.name, "latents", content["latents"], latents_shape)
-                _expect_shape(raw.name, "prompt_embeds", content["prompt_embeds"][0], (self.caption_channels,))
+                content = self._latents(raw, latents_shape)
             else:
-                pixel_values = resize_and_crop(_decoded(raw), height, width, self.crop, generator(Stream.CROP))
-                content = {"pixel_values": pixel_values, "captions": normalize_caption(raw.caption)}
+                content = self._pixels(raw, height, width, generator(Stream.CROP))
             sample |= content | {"names": raw.name, "broken": None, "weight": torch.tensor(1.0)}
         except BrokenSample as error:
-            if self.source.precomputed:
-                content = {
-                    "latents": torch.zeros(latents_shape),
-                    "prompt_embeds": torch.zeros(1, self.caption_channels),
-                }
-            else:
-                content = {"pixel_values": torch.zeros(3, height, width), "captions": ""}
+            content = self._nothing(height, width, latents_shape)
             sample |= content | {"names": error.name, "broken": str(error), "weight": torch.tensor(0.0)}
         if self.source.precomputed:
             sample["caption_dropped"] = caption_dropped
@@ -154,12 +158,30 @@ class TrainingDataset(Dataset):
             sample["captions"] = ""
         return sample
 
+    def _pixels(self, raw: RawSample, height: int, width: int, generator: torch.Generator) -> dict[str, Any]:
+        try:
+            picture = decode(raw.picture)
+        except PictureError as error:
+            raise BrokenSample(raw.name, str(error)) from error
+        pixel_values = resize_and_crop(picture, height, width, self.crop, generator)
+        return {"pixel_values": pixel_values, "captions": normalize_caption(raw.caption)}
 
-def _decoded(raw: RawSample) -> Image.Image:
-    try:
-        return decode(raw.picture)
-    except PictureError as error:
-        raise BrokenSample(raw.name, str(error)) from error
+    def _latents(self, raw: RawSample, latents_shape: tuple[int, ...]) -> dict[str, Any]:
+        content = _encoded(raw)
+        shape, channels = tuple(content["latents"].shape), content["prompt_embeds"].shape[1]
+        if shape != latents_shape or channels != self.caption_channels:
+            raise BrokenSample(
+                raw.name,
+                f"has latents of shape {shape} and embeddings of {channels} channels; expected {latents_shape} and "
+                f"{self.caption_channels}",
+            )
+        return content
+
+    def _nothing(self, height: int, width: int, latents_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Stands in for a broken sample, so that the batch keeps its shape."""
+        if self.source.precomputed:
+            return {"latents": torch.zeros(latents_shape), "prompt_embeds": torch.zeros(1, self.caption_channels)}
+        return {"pixel_values": torch.zeros(3, height, width), "captions": ""}
 
 
 def _encoded(raw: RawSample) -> dict[str, torch.Tensor]:
@@ -171,11 +193,6 @@ def _encoded(raw: RawSample) -> dict[str, torch.Tensor]:
     if prompt_embeds.ndim != 2 or not len(prompt_embeds):
         raise BrokenSample(raw.name, f"has prompt_embeds {tuple(prompt_embeds.shape)}; expected (tokens, channels)")
     return {"latents": latents.float(), "prompt_embeds": prompt_embeds.float()}
-
-
-def _expect_shape(name: str, what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise BrokenSample(name, f"has {what} of shape {tuple(tensor.shape)}; expected {shape}")
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

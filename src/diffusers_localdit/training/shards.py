@@ -142,11 +142,13 @@ class TarIndex:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 key, members = f"at byte {start}", {}  # until its name is read
-                while (member := tar.next()) is not None and member.offset < end:
+                member = tar.next()
+                while member is not None:
                     name, extension = _key_and_extension(member)
                     if name is not None:
                         key = name
                         members[extension] = tar.extractfile(member)
+                    member = tar.next() if tar.offset < end else None
                 yield key, members
 
 
