@@ -48,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: The exit code: 0, 1 for a fault of ours, 2 for what the user can put right, 130 after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # has its own arguments, and takes seconds to import
+        from .training.train import main as train
+
+        return train(argv[1:], prog="localdit train")
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
@@ -121,6 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add_command("precompute", precompute, "encode pictures and captions to train from")
     add_precompute_arguments(command)
+
+    add_command("train", run=None, summary="train from pictures and captions, or what precompute made of them")
 
     command = add_command("publish", hub.run, "publish a model as a repository of the Hub")
     hub.add_arguments(command)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from ..checkpoint_io import CheckpointError, one_line
 from ..pipeline_localdit import LocalDiTPipeline
+from ..transformer_localdit import LocalDiTTransformer2DModel
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "checkpoint.json"  # written last
@@ -170,7 +172,8 @@ def save_weights(folder: Path, accelerator: Accelerator, model: nn.Module, varia
             weight_name=path.name,
         )
     else:
-        transformer.save_config(path.parent)
+        with torch.device("meta"):  # under FSDP the class of `transformer` itself is another
+            LocalDiTTransformer2DModel.from_config(transformer.config).save_config(path.parent)
         save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path, {"format": "pt"})
 
 

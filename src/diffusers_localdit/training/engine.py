@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
@@ -36,7 +36,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate passes the request over on a CPU, where it works all the same.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.device.type == "cpu":
         accelerator.print("there is no accelerator here: training on the CPU")
         torch.use_deterministic_algorithms(True)

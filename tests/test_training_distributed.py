@@ -1,0 +1,83 @@
+"""Two processes (gloo, CPU) against one: the same samples, the same numbers, checkpoints that either can load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_inputs import Training, rows, run_processes, weights, write_shard
+
+from diffusers_localdit import LocalDiTTransformer2DModel
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LocalDiTTransformerBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+STEPS = 20
+SETTINGS = {"steps": STEPS, "validate_every": 10, "checkpoint_every": 10}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_shard(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def one_process(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "run"
+    Training(data, output, batch_size=4, **SETTINGS).finish()
+    return output
+
+
+def assert_follows(output: Path, reference: Path) -> None:
+    """Losses within 1e-5 at each step. The sums over processes are in another order, hence not to the bit."""
+    ours, theirs = rows(output), rows(reference)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, STEPS + 1))
+    for key in ("loss", "gradient_norm", "learning_rate", "validation_loss"):
+        for mine, other in zip(ours, theirs):
+            assert mine.get(key) == pytest.approx(other.get(key), abs=1e-5), (key, mine["step"])
+
+
+def test_two_processes_follow_one(data, one_process, tmp_path):
+    for process in run_processes(data, tmp_path / "run", count=2, batch_size=2, **SETTINGS):
+        process.finish()
+    assert_follows(tmp_path / "run", one_process)
+
+
+def test_run_goes_on_with_another_number_of_processes(data, one_process, tmp_path):
+    output = tmp_path / "run"
+    for process in run_processes(data, output, count=2, batch_size=2, **(SETTINGS | {"steps": 10})):
+        process.finish()
+    assert "started with batches of 4 samples" in Training(data, output, batch_size=2, **SETTINGS).error()
+    Training(data, output, batch_size=4, **SETTINGS).finish()
+    assert_follows(output, one_process)
+
+
+def test_sharded_run_follows_resumes_and_saves_what_one_process_loads(data, one_process, tmp_path):
+    output = tmp_path / "run"
+    for steps in (10, STEPS):  # the second part from the checkpoint of the first
+        settings = SETTINGS | {"steps": steps}
+        for process in run_processes(data, output, count=2, batch_size=2, env=FSDP2, **settings):
+            process.finish()
+    assert_follows(output, one_process)
+
+    state = output / "checkpoints" / f"step_{STEPS:08d}" / "state"
+    assert len(list(state.glob("optimizer_0/*.distcp"))) == 2  # it was sharded indeed
+    for variant in (None, "ema"):
+        model = LocalDiTTransformer2DModel.from_pretrained(state.parent, subfolder="transformer", variant=variant)
+        expected = weights(one_process, STEPS, f".{variant}" if variant else "")
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4, msg=f"{variant} {name}")
+
+
+def test_init_from_a_sharded_run(data, tmp_path):
+    """What two processes saved under FSDP2 starts a run of one, which thereby has their (averaged) weights."""
+    for process in run_processes(data, tmp_path / "sharded", count=2, batch_size=2, env=FSDP2, steps=2):
+        process.finish()
+    Training(data, tmp_path / "run", init_from=tmp_path / "sharded", learning_rate=0, steps=1).finish()
+    started, average = weights(tmp_path / "run", 1), weights(tmp_path / "sharded", 2, ".ema")
+    assert all(started[name].equal(average[name]) for name in average)
