@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffusers_localdit
-from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel, hub
+from diffusers_localdit import (
+    BUNDLED_MODEL,
+    LocalDiTImg2ImgPipeline,
+    LocalDiTPipeline,
+    LocalDiTTransformer2DModel,
+    hub,
+)
 from diffusers_localdit.cli import main
 from diffusers_localdit.png_settings import read_settings
 
@@ -156,6 +163,43 @@ class TestAssembly:
         hub.assemble(BUNDLED_MODEL, tmp_path / "shapes", "owner/localdit-shapes", TEMPLATES / "localdit-shapes")
 
 
+class TestIndex:
+    """What other tools write into `model_index.json`, beside code that must not run where the package is."""
+
+    @pytest.fixture
+    def folder(self, repository, tmp_path):
+        folder = Path(shutil.copytree(repository, tmp_path / "repository"))
+        for name in (*hub.REMOTE_CODE, "transformer/transformer_localdit.py"):
+            (folder / name).write_text("raise SystemExit('code of the repository ran')")
+        return folder
+
+    def write(self, folder, **entries):
+        index = json.loads((folder / "model_index.json").read_text()) | entries
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+    @pytest.mark.parametrize("pipeline_class", [LocalDiTPipeline, LocalDiTImg2ImgPipeline])
+    @pytest.mark.parametrize("library", ["diffusers_localdit", "transformer_localdit", "diffusers_modules.local.x"])
+    @pytest.mark.parametrize("name", ["LocalDiTPipeline", ["pipeline", "LocalDiTPipeline"]])
+    def test_our_classes_are_those_of_the_package(self, pipeline_class, library, name, folder):
+        self.write(folder, _class_name=name, transformer=[library, "LocalDiTTransformer2DModel"])
+        pipe = pipeline_class.from_pretrained(folder)
+        assert type(pipe) is pipeline_class and type(pipe.transformer) is LocalDiTTransformer2DModel
+
+    @pytest.mark.parametrize(
+        "entries",
+        [
+            {"_class_name": ["pipeline", "TheirPipeline"]},
+            {"vae": ["their_vae", "TheirVAE"]},
+            {"transformer": ["transformer_localdit", "TheirTransformer"]},
+        ],
+    )
+    def test_code_of_others_needs_trust(self, entries, folder):
+        (folder / "vae" / "their_vae.py").write_text("raise SystemExit('code of the repository ran')")
+        self.write(folder, **entries)
+        with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+            LocalDiTPipeline.from_pretrained(folder)
+
+
 class TestPublish:
     """The command, in this process; verification starts processes of its own."""
 
@@ -165,6 +209,7 @@ class TestPublish:
             raise AssertionError("uploaded")
 
         monkeypatch.setattr(hub, "upload", upload)
+        monkeypatch.setattr(hub.HfApi, "whoami", lambda api: {"name": "owner"})
         template = template_for_tiny("localdit-shapes", tmp_path)
         return ["publish", str(model), "--repo-id", "owner/tiny", "--template", str(template)]
 
@@ -192,15 +237,35 @@ class TestPublish:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("localdit: error: verification failed") and message in error
 
+    def test_options_of_the_upload(self, arguments, monkeypatch, capsys):
+        uploads = []
+        monkeypatch.setattr(hub, "verify", lambda folder: None)
+        monkeypatch.setattr(hub, "upload", lambda folder, *options: uploads.append(options) or "address")
+        assert main(arguments) == 0
+        assert main([*arguments, "--private", "--revision", "next"]) == 0
+        assert uploads == [("owner/tiny", False, None), ("owner/tiny", True, "next")]
+        assert capsys.readouterr().out.splitlines()[-1] == "address"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["publish", "nowhere/at-all", "--repo-id", "a/b"], "there is no folder nowhere/at-all"),
-            (["publish", "localdit-shapes", "--repo-id", "a/unknown"], "unknown has no README.md for the repository"),
+            (("nowhere/at-all", "--repo-id", "a/b", "--dry-run"), "there is no folder nowhere/at-all"),
+            (("localdit-shapes", "--repo-id", "a/b", "--dry-run"), "b has no README.md for the repository"),
+            (("localdit-shapes", "--repo-id", "a/b"), "no login at the Hub (no such token); log in with `hf auth "),
         ],
     )
-    def test_errors_in_one_line(self, arguments, message, capsys):
-        assert main(arguments) == 2
+    @pytest.mark.parametrize("command", ["localdit", "script"])
+    def test_errors_in_one_line(self, command, arguments, message, monkeypatch, capsys):
+        def whoami(api):
+            raise OSError("no such token\nat all")
+
+        monkeypatch.setattr(hub.HfApi, "whoami", whoami)
+        monkeypatch.setattr(sys, "argv", ["publish.py", *arguments])
+        if command == "localdit":
+            assert main(["publish", *arguments]) == 2
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                runpy.run_path(str(ROOT / "scripts" / "publish.py"), run_name="__main__")
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
 
@@ -435,6 +500,13 @@ def test_upload_and_download_through_xet(repository, tmp_path):
         worker = Worker(server.environment(tmp_path / "home", xet=True), tmp_path)
         assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
         folder = Path(worker.ask("snapshot_download('owner/tiny')")["result"])
+        before = server.repositories["owner/tiny"].find("main")
+        (tmp_path / "changed").mkdir()
+        save_file({"a": torch.rand(100_000)}, tmp_path / "changed" / "a.safetensors")
+        server.fail("GET /api/models/owner/tiny/xet-write-token/", 403, times=50)
+        error = worker.ask(f"hub.upload({str(tmp_path / 'changed')!r}, 'owner/tiny')")["error"]
+        assert f"the previous revision {before.oid} is intact" in error
+        assert server.repositories["owner/tiny"].find("main") == before
         output = worker.stop()
     assert {name: (folder / name).read_bytes() for name in names(folder)} == {
         name: (repository / name).read_bytes() for name in names(repository)

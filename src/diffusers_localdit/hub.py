@@ -138,7 +138,7 @@ def verify(folder: str | os.PathLike) -> None:
     latents = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        for way in ("installed", "remote"):
+        for way in ("remote", "installed"):
             output = Path(scratch, f"{way}.safetensors")
             command = [sys.executable, "-c", program, os.path.abspath(folder), way, str(output)]
             process = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
@@ -369,6 +369,8 @@ def run(args: argparse.Namespace) -> None:
     model = locate(args.model)
     if not isinstance(model, Path):
         raise PublishError(f"there is no folder {args.model}")
+    if not args.dry_run:
+        _require_login()  # before the hours that a large model takes
     with _output_folder(args.output, model) as output:
         assemble(
             model,
@@ -390,6 +392,13 @@ def run(args: argparse.Namespace) -> None:
             print(f"dry run: nothing was uploaded to {args.repo_id}")
         else:
             print(upload(output, args.repo_id, args.private, args.revision))
+
+
+def _require_login() -> None:
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no token, a wrong one, or no connection
+        raise PublishError(f"no login at the Hub ({one_line(error)}); log in with `hf auth login`") from error
 
 
 @contextmanager
