@@ -150,56 +150,55 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
 
     # 5. Train
     batches = iter(loader)
-    progress = tqdm(total=settings.steps, initial=step, disable=not accelerator.is_main_process)
-    while step < settings.steps:
-        names, losses, complaints = [], [], []
-        for _ in range(settings.gradient_accumulation_steps):
-            batch = next(batches)
-            with accelerator.accumulate(model):
-                batch_losses = sample_losses(settings, model, scheduler, conditioning, batch)
-                # A mean over all, broken samples (which have no loss) included, hence over processes too.
-                accelerator.backward(batch_losses.mean())
-            names += batch["names"]
-            losses.append(batch_losses.detach())
-            complaints += batch["broken"]
-        losses = torch.cat(losses)
-        loss, num_complaints, stopping = sum_over_processes(accelerator, losses.sum(), len(complaints), stop())
-        loss /= global_batch_size * settings.gradient_accumulation_steps
-        if num_complaints > 0:
-            broken.add(accelerator, complaints)
-        norm = as_number(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-        # In float16 a gradient that overflows is the scaler's affair: it leaves the step out and scales down.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
-            stop_diverged(step + 1, loss, norm, names, losses, latest_checkpoint(checkpoint_folder))
-        row = {"step": step + 1, "loss": loss, "gradient_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(trainable(model))
-        step += 1
+    with tqdm(total=settings.steps, initial=step, disable=not accelerator.is_main_process) as progress:
+        while step < settings.steps:
+            names, losses, complaints = [], [], []
+            for _ in range(settings.gradient_accumulation_steps):
+                batch = next(batches)
+                with accelerator.accumulate(model):
+                    batch_losses = sample_losses(settings, model, scheduler, conditioning, batch)
+                    # A mean over all, broken samples (which have no loss) included, hence over processes too.
+                    accelerator.backward(batch_losses.mean())
+                names += batch["names"]
+                losses.append(batch_losses.detach())
+                complaints += batch["broken"]
+            losses = torch.cat(losses)
+            loss, num_complaints, stopping = sum_over_processes(accelerator, losses.sum(), len(complaints), stop())
+            loss /= global_batch_size * settings.gradient_accumulation_steps
+            if num_complaints > 0:
+                broken.add(accelerator, complaints)
+            norm = as_number(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+            # In float16 a gradient that overflows is the scaler's affair: it leaves the step out and scales down.
+            if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
+                stop_diverged(step + 1, loss, norm, names, losses, latest_checkpoint(checkpoint_folder))
+            row = {"step": step + 1, "loss": loss, "gradient_norm": norm, "learning_rate": schedule.get_last_lr()[0]}
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(trainable(model))
+            step += 1
 
-        last = step == settings.steps
-        validating = last or step % settings.validate_every == 0
-        if validating:
-            with averaged(model, ema):
-                row |= validate(settings, accelerator, model, scheduler, conditioning, validation_data, step)
-        accelerator.log(row, step)
-        if accelerator.is_main_process:
-            metrics.write(row)
+            last = step == settings.steps
+            validating = last or step % settings.validate_every == 0
             if validating:
-                save_plot(metrics.rows(), output / "loss.png")
-        if last or stopping or step % settings.checkpoint_every == 0:
+                with averaged(model, ema):
+                    row |= validate(settings, accelerator, model, scheduler, conditioning, validation_data, step)
+            accelerator.log(row, step)
             if accelerator.is_main_process:
-                metrics.sync()
-            checkpoint = save_checkpoint(
-                checkpoint_folder, step, accelerator, model, ema, manifest, settings.keep_checkpoints
-            )
-        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        progress.update()
-        if stopping:
-            break
-    progress.close()
+                metrics.write(row)
+                if validating:
+                    save_plot(metrics.rows(), output / "loss.png")
+            if last or stopping or step % settings.checkpoint_every == 0:
+                if accelerator.is_main_process:
+                    metrics.sync()
+                checkpoint = save_checkpoint(
+                    checkpoint_folder, step, accelerator, model, ema, manifest, settings.keep_checkpoints
+                )
+            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            progress.update()
+            if stopping:
+                break
     accelerator.end_training()
     accelerator.print(f"{'stopped' if stopping else 'done'} after step {step}: {checkpoint}")
 

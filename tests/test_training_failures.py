@@ -1,0 +1,156 @@
+"""What goes wrong in a run is said in one line, and what was there before is still good."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from training_inputs import Training, arguments, rows, weights, write_shard
+
+from diffusers_localdit.cli import main as localdit
+from diffusers_localdit.training.train import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_shard(tmp_path_factory.mktemp("data"))
+
+
+def refusal(capsys, *words) -> str:
+    """The one line that a run which does not start leaves."""
+    assert main([str(word) for word in words], prog="train") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train: error: ")]
+    return line
+
+
+class TestBeforeTheFirstStep:
+    def test_no_data(self, capsys):
+        assert "give --data-root" in refusal(capsys, "--preset", "shapes")
+
+    def test_empty_folder(self, tmp_path, capsys):
+        (tmp_path / "empty").mkdir()
+        message = refusal(capsys, *arguments(tmp_path / "empty", tmp_path / "run"))
+        assert "empty" in message and "no pictures" in message
+
+    def test_missing_folder(self, tmp_path, capsys):
+        assert "does not exist" in refusal(capsys, *arguments(tmp_path / "none", tmp_path / "run"))
+
+    def test_pictures_need_a_pipeline(self, tmp_path, capsys):
+        from PIL import Image
+
+        for index in range(4):
+            Image.new("RGB", (32, 32)).save(tmp_path / f"{index}.png")
+            (tmp_path / f"{index}.txt").write_text("black")
+        assert "give --pipeline" in refusal(capsys, *arguments(tmp_path, tmp_path / "run"))
+
+    def test_text_embeddings_of_another_width(self, data, tmp_path, capsys):
+        words = arguments(data, tmp_path / "run", architecture="{num_attention_heads: 2, attention_head_dim: 12}")
+        message = refusal(capsys, *words)
+        assert "have 8 channels, but the transformer takes 4096" in message
+
+    def test_unknown_architecture(self, data, tmp_path, capsys):
+        message = refusal(capsys, *arguments(data, tmp_path / "run", architecture="{num_lairs: 3}"))
+        assert "'num_lairs'" in message
+
+    def test_image_size_that_is_no_multiple(self, data, tmp_path, capsys):
+        assert "multiple of 16" in refusal(capsys, *arguments(data, tmp_path / "run", image_size=40))
+
+    def test_latents_of_another_size(self, data, tmp_path, capsys):
+        assert "32 x 32" in refusal(capsys, *arguments(data, tmp_path / "run", image_size=64))
+
+    def test_half_precision_without_accelerator(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        assert "fp16" in refusal(capsys, *arguments(data, tmp_path / "run", mixed_precision="fp16"))
+
+    @pytest.mark.parametrize(
+        "name, value, module", [("optimizer", "adamw_8bit", "bitsandbytes"), ("lora_rank", 4, "peft")]
+    )
+    def test_missing_package(self, name, value, module, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f"{module}.optim", None)
+        words = arguments(data, tmp_path / "run", **{name: value})
+        if name == "lora_rank":
+            words += ["--init-from", "localdit-shapes", "--architecture", "{num_attention_heads: 6}"]
+        message = refusal(capsys, *words)
+        assert f"needs {module}: pip install" in message
+
+    def test_missing_tracker(self, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("diffusers_localdit.training.engine.get_available_trackers", list)
+        message = refusal(capsys, *arguments(data, tmp_path / "run", tracker="wandb"))
+        assert "needs wandb: pip install wandb" in message
+
+
+def test_command_and_script_say_the_same(capsys):
+    """`localdit train` and `examples/train.py` are one thing."""
+    assert localdit(["train", "--preset", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("localdit train: error: there is no preset 'nothing'")
+
+
+def test_diverged_run_stops_before_it_spoils_anything(data, tmp_path):
+    """With a learning rate of 1e30 the weights of the third step are beyond all numbers."""
+    output = tmp_path / "run"
+    message = Training(data, output, learning_rate=1e30, checkpoint_every=1, max_grad_norm=1e9).error()
+    step = len(rows(output)) + 1
+    assert f"at step {step} the loss is" in message and "nan" in message
+    assert "shard-000000.tar/0000" in message
+    assert f"the last good checkpoint is {output / 'checkpoints' / f'step_{step - 1:08d}'}" in message
+    assert weights(output, step - 1)
+    assert not (output / "checkpoints" / f"step_{step:08d}").exists()
+
+
+def test_sample_that_is_to_blame_is_named(data, tmp_path):
+    """One sample has latents that are not finite; the others of its batch are not accused."""
+    poisoned = tmp_path / "data"
+    rewrite_sample(data, poisoned, "000007", latents=torch.full((4, 4, 4), torch.inf).half())
+    message = Training(poisoned, tmp_path / "run").error()
+    assert "with the samples shard-000000.tar/000007;" in message
+
+
+def rewrite_sample(data: Path, copy: Path, key: str, **changes: torch.Tensor) -> None:
+    """A copy of precomputed data in which one sample is another."""
+    import io
+    import tarfile
+
+    shutil.copytree(data, copy)
+    with tarfile.open(data / "shard-000000.tar") as old, tarfile.open(copy / "shard-000000.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member).read()
+            if member.name == f"{key}.safetensors":
+                from safetensors.torch import load
+
+                content = save(load(content) | changes)
+                member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+
+
+def test_more_than_one_in_a_hundred_broken(data, tmp_path):
+    broken = tmp_path / "data"
+    rewrite_sample(data, broken, "000003", prompt_embeds=torch.zeros(0, 8).half())
+    message = Training(broken, tmp_path / "run").error()
+    assert "1 of 24 samples are broken, more than 1%" in message and "000003" in message
+    assert "000003" in (tmp_path / "run" / "broken.txt").read_text()
+
+
+def test_few_broken_are_named_and_left_out(tmp_path):
+    data = write_shard(tmp_path / "good", samples=120)
+    rewrite_sample(data, tmp_path / "data", "000003", prompt_embeds=torch.zeros(0, 8).half())
+    output = tmp_path / "run"
+    Training(tmp_path / "data", output, steps=30, validate_every=30, checkpoint_every=30).finish()
+    assert len((output / "broken.txt").read_text().splitlines()) == 1
+    assert all(row["loss"] > 0 for row in rows(output))
+
+
+def test_full_disk(data, tmp_path):
+    """A checkpoint that does not fit is not there at all; the one before it is whole, and the run can go on."""
+    output = tmp_path / "run"
+    Training(data, output, steps=2).finish()
+    (model,) = output.glob("checkpoints/*/transformer/diffusion_pytorch_model.safetensors")
+    message = Training(data, output, size_limit=model.stat().st_size // 2).error()
+    assert "cannot write the checkpoint of step 4" in message and "make room" in message
+    assert f"the last good one is {output / 'checkpoints' / 'step_00000002'}" in message
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_00000002"]
+    Training(data, output).finish()
+    assert [row["step"] for row in rows(output)] == list(range(1, 9))

@@ -1,0 +1,177 @@
+"""Which weights a run starts from, what it trains of them, and how much memory that takes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_inputs import Training, rows, weights, write_shard
+
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
+from diffusers_localdit.training.models import build_transformer, memory_estimate
+from diffusers_localdit.training.settings import TrainingSettings
+from diffusers_localdit.training.train import main
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "caption_channels": 8}
+
+
+@pytest.fixture
+def stage(tmp_path) -> Path:
+    """A transformer as the first stage leaves it, for 512 pixels."""
+    torch.manual_seed(0)
+    LocalDiTTransformer2DModel(**TINY, sample_size=64).save_pretrained(tmp_path / "stage")
+    return tmp_path / "stage"
+
+
+class TestStages:
+    @pytest.mark.parametrize(
+        "pixels, sample_size, scale", [(256, 32, 1), (512, 64, 1), (1024, 128, 2), (2048, 256, 4)]
+    )
+    def test_sample_size_and_position_scale(self, pixels, sample_size, scale):
+        model = build_transformer(TrainingSettings(image_size=pixels, architecture=TINY))
+        assert (model.config.sample_size, model.interpolation_scale) == (sample_size, scale)
+
+    def test_next_stage_keeps_all_weights(self, stage):
+        first = LocalDiTTransformer2DModel.from_pretrained(stage)
+        second = build_transformer(TrainingSettings(image_size=1024, init_from=str(stage)))
+        assert (second.config.sample_size, second.interpolation_scale) == (128, 2)
+        assert second.config.use_global_context
+        ours, theirs = second.state_dict(), first.state_dict()
+        assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)
+        assert any("global_context" in name for name in ours)
+
+    def test_averaged_weights_come_first(self, stage):
+        torch.manual_seed(1)
+        average = LocalDiTTransformer2DModel(**TINY, sample_size=64)
+        average.save_pretrained(stage, variant="ema")
+        model = build_transformer(TrainingSettings(image_size=512, init_from=str(stage)))
+        assert model.proj_out.weight.equal(average.proj_out.weight)
+
+    def test_bundled_pipeline(self):
+        model = build_transformer(TrainingSettings(image_size=256, init_from="localdit-shapes"))
+        bundled = LocalDiTTransformer2DModel.from_pretrained(BUNDLED_MODEL / "transformer", dtype=torch.float32)
+        assert model.config.sample_size == 32 and model.proj_out.weight.equal(bundled.proj_out.weight)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    def test_architecture_has_to_fit(self, stage):
+        settings = TrainingSettings(init_from=str(stage), architecture={"num_layers": 3})
+        with pytest.raises(ValueError, match=r"num_layers: 3, but the weights of .* have 2"):
+            build_transformer(settings)
+
+    def test_nothing_to_start_from(self, tmp_path):
+        with pytest.raises(ValueError, match="holds no transformer"):
+            build_transformer(TrainingSettings(init_from=str(tmp_path)))
+        with pytest.raises(ValueError, match="give --init-from or --pipeline"):
+            build_transformer(TrainingSettings(lora_rank=4))
+
+    def test_broken_weights(self, stage):
+        (stage / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100)
+        with pytest.raises(ValueError, match="cannot load the transformer of"):
+            build_transformer(TrainingSettings(init_from=str(stage)))
+
+
+def test_lora_trains_the_adapters_alone(stage):
+    model = build_transformer(TrainingSettings(init_from=str(stage), lora_rank=3, image_size=1024))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    for layer in ("attn.to_q", "attn.global_context.to_v", "attn.to_out.0", "cross_attn.to_k"):
+        assert f"transformer_blocks.1.{layer}.lora_A.default.weight" in trained
+    assert model.config.sample_size == 64  # it will be loaded into a model of this size
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(draw.integers(0, 256, (140, 128 + 10 * index, 3), dtype=np.uint8)).save(
+            folder / f"{index}.png"
+        )
+        (folder / f"{index}.txt").write_text("a red circle on a white background")
+    return folder
+
+
+def test_lora_on_pictures_end_to_end(pictures, tmp_path):
+    """Trained in two parts as in one; loaded by the pipeline; the validation pictures are the pipeline's own."""
+    settings = {
+        **{"pipeline": "localdit-shapes", "lora_rank": 4, "image_size": 128, "batch_size": 2, "architecture": "{}"},
+        **{"learning_rate": 1e-2, "warmup_steps": 0, "crop": "random", "aspect_ratio_buckets": None},
+    }
+    prompt = "a blue square on a white background"
+    words = {name: value for name, value in settings.items() if value is not None}
+    words |= {"validation_prompts": prompt, "validate_every": 4, "checkpoint_every": 2}
+    Training(pictures, tmp_path / "whole", steps=4, **words).finish()
+    Training(pictures, tmp_path / "parts", steps=2, **words).finish()
+    Training(pictures, tmp_path / "parts", steps=4, **words).finish()
+    checkpoints = [tmp_path / run / "checkpoints" / "step_00000004" for run in ("whole", "parts")]
+    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.ema.safetensors"):
+        whole, parts = (load_file(checkpoint / name) for checkpoint in checkpoints)
+        assert whole.keys() == parts.keys() and all(whole[key].equal(parts[key]) for key in whole)
+    assert max(path.stat().st_size for path in checkpoints[0].rglob("*.safetensors")) < 1e6  # without the base
+    assert rows(tmp_path / "whole")[-1]["loss"] > 0
+
+    pipe = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"prompt": prompt, "num_inference_steps": 20}
+    before = np.asarray(pipe(**arguments, generator=torch.Generator().manual_seed(0)).images[0])
+    pipe.load_lora_weights(checkpoints[0], weight_name="pytorch_lora_weights.ema.safetensors")
+    after = np.asarray(pipe(**arguments, generator=torch.Generator().manual_seed(0)).images[0], dtype=int)
+    validated = np.asarray(Image.open(tmp_path / "whole" / "samples" / "step_00000004.png"), dtype=int)
+    assert abs(after - before.astype(int)).max() > 20
+    assert abs(after - validated).max() <= 2  # padding the text to 120 tokens changes the last digits
+
+
+class TestMemory:
+    def estimate(self, **changes) -> dict[str, int]:
+        settings = TrainingSettings(**({"image_size": 256, "architecture": TINY, "mixed_precision": "no"} | changes))
+        return memory_estimate(build_transformer(settings), settings)
+
+    def test_weights_and_what_goes_with_them(self):
+        count = LocalDiTTransformer2DModel(**TINY).num_parameters()
+        estimate = self.estimate()
+        expected = {"weights": 4 * count, "gradients": 4 * count, "optimizer": 8 * count, "EMA": 4 * count}
+        assert {name: estimate[name] for name in expected} == expected
+        assert self.estimate(ema_decay=None)["EMA"] == 0
+
+    def test_activations(self):
+        """They grow with the batch, shrink with checkpointing, and are what a real forward pass keeps."""
+        once, twice = self.estimate(batch_size=4)["activations"], self.estimate(batch_size=8)["activations"]
+        assert twice == pytest.approx(2 * once, rel=0.05)
+        assert self.estimate(batch_size=4, gradient_checkpointing=True)["activations"] < 0.8 * once
+        assert self.estimate(batch_size=4, mixed_precision="bf16")["activations"] == once // 2
+
+    def test_lora(self, stage):
+        estimate = self.estimate(init_from=str(stage), lora_rank=2)
+        assert 0 < estimate["optimizer"] < estimate["weights"]
+
+
+def test_dry_run(tmp_path, capsys):
+    data = write_shard(tmp_path / "data")
+    words = ["--preset", "shapes", "--data-root", data, "--output", tmp_path / "run", "--image-size", "32"]
+    words += ["--batch-size", "4", "--architecture", "{caption_channels: 8}", "--dry-run"]
+    assert main([str(word) for word in words], prog="train") == 0
+    said = capsys.readouterr().out
+    assert "learning_rate: 0.0015" in said and f"data_root: {data}" in said
+    assert "24, of them broken 0" in said and "20,000, in an epoch 6.0" in said
+    count = LocalDiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=24, num_layers=6, caption_channels=8
+    ).num_parameters()
+    assert f"{count:,}, of them trained {count:,}" in said and "GB" in said
+    assert not list((tmp_path / "run").glob("checkpoints"))
+
+
+def test_accumulated_batches_and_the_options_of_the_recipe(tmp_path):
+    data = write_shard(tmp_path / "data")
+    once = {"steps": 1, "validation_samples": 0}
+    Training(data, tmp_path / "plain", **once).finish()
+    Training(data, tmp_path / "four", steps=1, batch_size=2, gradient_accumulation_steps=2).finish()
+    mixed = {"mixed_precision": "bf16", "noise_offset": 0.1, "snr_gamma": 5, "tracker": "tensorboard"}
+    Training(data, tmp_path / "mixed", **once, **mixed).finish()
+    (plain,), (four,), (mixed,) = (rows(tmp_path / name) for name in ("plain", "four", "mixed"))
+    # Another epoch order than with batches of four, but the loss at the start is that of predicting nothing.
+    assert four["loss"] == pytest.approx(1, abs=0.1) and four["validation_loss"] == pytest.approx(1, abs=0.2)
+    assert mixed["loss"] < plain["loss"]  # min-SNR takes weight away
+    assert list((tmp_path / "mixed").rglob("events.out.tfevents*"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "mixed", 1).values())
