@@ -59,6 +59,10 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def change(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
 class TestAssembly:
     def test_code_is_that_of_the_package(self, repository):
         for name, source in hub.REMOTE_CODE.items():
@@ -136,6 +140,14 @@ class TestAssembly:
         [
             (lambda model, template: (model / "model_index.json").unlink(), "cannot read .*model_index.json: "),
             (lambda model, template: (model / "vae" / "config.json").write_text("{"), "cannot read .*config.json: "),
+            (
+                lambda model, template: change(model / "model_index.json", vae=["their_code", "AutoencoderKL"]),
+                "has vae of their_code.AutoencoderKL; expected one of diffusers, ",
+            ),
+            (
+                lambda model, template: change(model / "model_index.json", transformer=["a", "B"]),
+                r"is no LocalDiT: its transformer is \['a', 'B'\]",
+            ),
             (lambda model, template: (template / "README.md").unlink(), "has no README.md for the repository"),
             (lambda model, template: (template / "README.md").write_text("$nothing"), "known are repo_id, "),
             (
@@ -173,15 +185,11 @@ class TestIndex:
             (folder / name).write_text("raise SystemExit('code of the repository ran')")
         return folder
 
-    def write(self, folder, **entries):
-        index = json.loads((folder / "model_index.json").read_text()) | entries
-        (folder / "model_index.json").write_text(json.dumps(index))
-
     @pytest.mark.parametrize("pipeline_class", [LocalDiTPipeline, LocalDiTImg2ImgPipeline])
     @pytest.mark.parametrize("library", ["diffusers_localdit", "transformer_localdit", "diffusers_modules.local.x"])
     @pytest.mark.parametrize("name", ["LocalDiTPipeline", ["pipeline", "LocalDiTPipeline"]])
     def test_our_classes_are_those_of_the_package(self, pipeline_class, library, name, folder):
-        self.write(folder, _class_name=name, transformer=[library, "LocalDiTTransformer2DModel"])
+        change(folder / "model_index.json", _class_name=name, transformer=[library, "LocalDiTTransformer2DModel"])
         pipe = pipeline_class.from_pretrained(folder)
         assert type(pipe) is pipeline_class and type(pipe.transformer) is LocalDiTTransformer2DModel
 
@@ -195,7 +203,7 @@ class TestIndex:
     )
     def test_code_of_others_needs_trust(self, entries, folder):
         (folder / "vae" / "their_vae.py").write_text("raise SystemExit('code of the repository ran')")
-        self.write(folder, **entries)
+        change(folder / "model_index.json", **entries)
         with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
             LocalDiTPipeline.from_pretrained(folder)
 

@@ -51,6 +51,7 @@ REMOTE_CODE = {
     "pipeline_localdit_img2img.py": "pipeline_localdit_img2img.py",
     "transformer/diffusers_localdit.py": "transformer_localdit.py",
 }
+LIBRARIES = ("diffusers", "diffusers_localdit", "transformers")
 TRANSFORMER = ["diffusers_localdit", "LocalDiTTransformer2DModel"]
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 VARIANTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -232,8 +233,10 @@ def _add_components(
     if not text_encoder:
         index |= {name: [None, None] for name in TEXT_COMPONENTS}
     components = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
-    if base_pipeline is None:
-        for name in components:
+    for name, (library, class_name) in components.items():
+        if library not in LIBRARIES or not name.isidentifier():
+            raise PublishError(f"{model} has {name} of {library}.{class_name}; expected one of {', '.join(LIBRARIES)}")
+        if base_pipeline is None:
             _copy_component(model / name, folder / name)
     _write_json(folder / "model_index.json", index)
     return components
