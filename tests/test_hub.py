@@ -39,6 +39,7 @@ from diffusers_localdit import (
     hub,
 )
 from diffusers_localdit.cli import main
+from diffusers_localdit.hub_latents import sample
 from diffusers_localdit.png_settings import read_settings
 
 SOURCES = Path(diffusers_localdit.__file__).parent
@@ -90,6 +91,7 @@ class TestAssembly:
     def test_card_is_filled_in(self, repository):
         card = (repository / "README.md").read_text()
         assert "$" not in card and 'from_pretrained("owner/tiny")' in card
+        assert "There is no text encoder here" not in card
         parameters = sum(
             tensor.numel()
             for tensor in load_file(repository / "transformer" / "diffusion_pytorch_model.safetensors").values()
@@ -105,6 +107,10 @@ class TestAssembly:
         assert not {"text_encoder", "tokenizer"} & {name.split("/")[0] for name in names(folder)}
         pipe = LocalDiTPipeline.from_pretrained(folder)
         assert pipe.text_encoder is None and pipe.tokenizer is None
+        assert "There is no text encoder here" in (folder / "README.md").read_text()
+        parts = LocalDiTPipeline.from_pretrained(model)
+        whole = LocalDiTPipeline.from_pretrained(folder, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer)
+        assert torch.equal(sample(whole), sample(parts))
         expected = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.vae.state_dict().items())
 

@@ -54,6 +54,10 @@ REMOTE_CODE = {
 LIBRARIES = ("diffusers", "diffusers_localdit", "transformers")
 TRANSFORMER = ["diffusers_localdit", "LocalDiTTransformer2DModel"]
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
+NO_TEXT_ENCODER = """
+**There is no text encoder here.** Pass `text_encoder` and `tokenizer` to `from_pretrained`, or `prompt_embeds` to the
+call.
+"""
 VARIANTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD_SIZE = 5 * 10**9
 # The weights that are no variant, in one file or several with an index.
@@ -89,9 +93,9 @@ def assemble(
         repo_id (`str`):
             The repository's id, which the card's examples name.
         template (`str` or `os.PathLike`):
-            A folder with what is not part of the model: the card (`README.md`, in which `$repo_id`, `$model_info`,
-            `$parameters` and `$download_size` are filled in), `.gitattributes`, `handler.py`, pictures. Its JSON files
-            say what the model has to be.
+            A folder with what is not part of the model: the card (`README.md`, in which `$repo_id`, `$note`,
+            `$model_info`, `$parameters` and `$download_size` are filled in), `.gitattributes`, `handler.py`, pictures.
+            Its JSON files say what the model has to be.
         base_pipeline (`str` or `os.PathLike`, *optional*):
             A folder or repository to take the VAE, text encoder and tokenizer from.
         text_encoder (`bool`, defaults to `True`):
@@ -309,6 +313,7 @@ def _fill_in_card(card: Path, repo_id: str) -> None:
     parameters = sum(sum(file.parameter_count.values()) for file in metadata)
     figures = {
         "repo_id": repo_id,
+        "note": "" if (folder / "text_encoder").exists() else NO_TEXT_ENCODER,
         "model_info": describe(str(folder)).split("\n\n", 1)[1],  # without the line that says where it is
         "parameters": f"{parameters / 1e6:,.1f} M",
         "download_size": f"{sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB",
