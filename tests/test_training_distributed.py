@@ -1,9 +1,11 @@
 """Two processes (gloo, CPU) against one: the same samples, the same numbers, checkpoints that either can load."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from training_inputs import Training, rows, run_processes, weights, write_shard
+from training_inputs import ENVIRONMENT, Training, arguments, rows, run_processes, weights, write_shard
 
 from diffusers_localdit import LocalDiTTransformer2DModel
 
@@ -79,3 +81,17 @@ def test_sharded_run_follows_resumes_and_saves_what_one_process_loads(data, one_
     assert all(started[name].equal(tensor) for name, tensor in average.state_dict().items())
     validated = rows(output)[-1]["validation_loss"]
     assert rows(tmp_path / "alone")[0]["validation_loss"] == pytest.approx(validated, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_launcher_with_the_configuration_in_the_repository(data, one_process, tmp_path):
+    """`accelerate launch` as the documentation has it."""
+    root = Path(__file__).parents[1]
+    output = tmp_path / "run"
+    command = [Path(sys.executable).with_name("accelerate"), "launch"]
+    command += ["--config_file", root / "examples/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    command += [root / "examples/train.py", *arguments(data, output, **(SETTINGS | {"batch_size": 2}))]
+    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(output.glob("checkpoints/*/state/optimizer_0/*.distcp"))
+    assert_follows(output, one_process)

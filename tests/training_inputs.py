@@ -58,8 +58,11 @@ def write_shard(folder: Path, samples: int = 24, latent_side: int = 4) -> Path:
 
 
 def arguments(data: Path, output: Path, **changes) -> list[str]:
-    settings = TINY | {"data_root": data, "output": output} | changes
-    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    words = []
+    for name, value in (TINY | {"data_root": data, "output": output} | changes).items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return words
 
 
 class Training(PROCESSES.Process):

@@ -31,6 +31,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "checkpoint.json"  # written last
 TRANSFORMER = "transformer"
 EMA = "ema"
+TORCH_WRITE_ERROR = re.compile("inline_container|PytorchStreamWriter")
 
 
 def save_checkpoint(
@@ -81,11 +82,14 @@ def save_checkpoint(
             for old in checkpoints(folder)[:-keep]:
                 _remove(old)
         accelerator.wait_for_everyone()
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own words for ENOSPC
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not TORCH_WRITE_ERROR.search(str(error)):
+            raise
         last = latest_checkpoint(folder)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {reason(error)}; "
+            f"cannot write the checkpoint of step {step} to {folder}: {reason(error)}"
+            f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free); "
             + (f"the last good one is {last}" if last else "there is no earlier one")
             + "; make room and run the same command again"
         ) from error
@@ -93,6 +97,8 @@ def save_checkpoint(
 
 
 def reason(error: BaseException) -> str:
+    if isinstance(error, RuntimeError):
+        return "a file could not be written to its end"  # torch only says "unexpected pos 576 vs 534"
     return getattr(error, "strerror", None) or one_line(error)
 
 

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         prog (`str`, *optional*): What the command is called in messages.
 
     Returns:
-        `int`: The exit code: 0 when done or stopped by SIGTERM, 2 for what the user can put right.
+        `int`: The exit code: 0 when done or stopped by SIGTERM, 2 for what the user can put right, 130 after Ctrl-C.
     """
     parser = Parser(prog=prog, description=__doc__.strip().splitlines()[0])
     add_arguments(parser)
@@ -65,10 +65,19 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         else:
             with stop_signal() as stop:
                 train(settings, stop)
+    except KeyboardInterrupt:
+        return fail(parser.prog, "interrupted; run the same command to go on from the last checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 2
+        return fail(parser.prog, one_line(error), 2)
+    except torch.OutOfMemoryError:
+        advice = "--gradient-checkpointing, or a smaller --batch-size with more --gradient-accumulation-steps"
+        return fail(parser.prog, f"out of memory: try {advice}", 2)
     return 0
+
+
+def fail(prog: str, message: str, code: int) -> int:
+    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) -> None:
