@@ -32,6 +32,7 @@ class Conditioning:
         prompts (`list[str]`): What validation pictures show.
         cache (`Path`): File to keep the embeddings of prompts in.
         device (`torch.device`): Where to encode.
+        text_tokens (`int`, *optional*): Length to pad all texts to; by default that of the longest in the batch.
 
     Raises:
         `ValueError`: There is no pipeline, or it cannot be loaded.
@@ -45,11 +46,12 @@ class Conditioning:
         prompts: list[str],
         cache: Path,
         device: torch.device,
+        text_tokens: int | None = None,
     ):
         self.data_root = Path(data_root)
         self.pipeline = pipeline or self._recorded_pipeline()
         self.device = device
-        self.prompts = prompts
+        self.text_tokens = text_tokens
         self.encoders = None if precomputed else self._load("tokenizer", "text_encoder", "vae")
         self.sampler = self._load("vae", "scheduler") if prompts else None
         embeds = self._prompt_embeds(["", *prompts], cache)
@@ -60,18 +62,28 @@ class Conditioning:
         """Latents `(B, C, h, w)`, text embeddings `(B, L, D)`, and their mask `(B, L)`, on the device, in float32."""
         if "latents" not in batch:
             embeds, mask = encode_captions(self.encoders.tokenizer, self.encoders.text_encoder, batch["captions"])
-            return encode_pictures(self.encoders.vae, batch["pixel_values"]), embeds.float(), mask
-        latents, embeds, mask = (
-            batch[name].to(self.device) for name in ("latents", "prompt_embeds", "prompt_attention_mask")
+            return encode_pictures(self.encoders.vae, batch["pixel_values"]), *self.padded(embeds.float(), mask)
+        latents, embeds, mask, dropped = (
+            batch[name].to(self.device)
+            for name in ("latents", "prompt_embeds", "prompt_attention_mask", "caption_dropped")
         )
-        dropped = batch["caption_dropped"].to(self.device)
-        missing = max(len(self.empty) - embeds.shape[1], 0)
-        embeds, mask = F.pad(embeds.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
-        empty = F.pad(self.empty, (0, 0, 0, embeds.shape[1] - len(self.empty)))
-        embeds = torch.where(dropped[:, None, None], empty, embeds)
-        places = torch.arange(embeds.shape[1], device=self.device)
-        mask = torch.where(dropped[:, None], (places < len(self.empty)).to(mask.dtype), mask)
-        return latents.float(), embeds, mask
+        embeds, mask = self.padded(embeds, mask)
+        empty, empty_mask = self.padded(self.empty[None], length=embeds.shape[1])
+        return (
+            latents,
+            torch.where(dropped[:, None, None], empty, embeds),
+            torch.where(dropped[:, None], empty_mask, mask),
+        )
+
+    def padded(
+        self, embeds: torch.Tensor, mask: torch.Tensor | None = None, length: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and mask with at least `length` tokens, and as many as the empty prompt has."""
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        length = self.text_tokens or max(length, len(self.empty), embeds.shape[1])
+        missing = length - embeds.shape[1]
+        return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
     def _recorded_pipeline(self) -> str | None:
         path = self.data_root / PRECOMPUTE_SETTINGS

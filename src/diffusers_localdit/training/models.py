@@ -15,6 +15,7 @@ from .settings import TrainingSettings
 
 VAE_SCALE_FACTOR = 8  # pixels of a picture to one of its latent
 PATCH_SIZE = 2
+TEXT_TOKENS = 120
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -93,6 +94,17 @@ def add_lora(transformer: LocalDiTTransformer2DModel, rank: int) -> None:
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_LAYERS)))
 
 
+def compile_blocks(transformer: LocalDiTTransformer2DModel, num_sizes: int) -> None:
+    """
+    Compile the blocks, for each size of pictures anew: PyTorch 2.13 cannot compile the training of a graph for all
+    sizes ("cannot determine truth value of Relational"). For the same reason texts have to be padded to one length.
+    """
+    transformer._mark_dynamic = lambda *block_inputs: None
+    # Training, validation and sampling come with their own batch sizes.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 4 * num_sizes)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
 def build_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     arguments = {
         "lr": settings.learning_rate,
@@ -155,10 +167,10 @@ def saved_bytes(transformer: LocalDiTTransformer2DModel, settings: TrainingSetti
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = transformer(
             zeros(config.in_channels, side, side),
-            encoder_hidden_states=zeros(120, config.caption_channels),
+            encoder_hidden_states=zeros(TEXT_TOKENS, config.caption_channels),
             timestep=zeros(),
             added_cond_kwargs={"resolution": zeros(2), "aspect_ratio": zeros(1)},
-            encoder_attention_mask=zeros(120),
+            encoder_attention_mask=zeros(TEXT_TOKENS),
         )
     for parameter in transformer.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)

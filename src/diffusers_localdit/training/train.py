@@ -35,7 +35,15 @@ from .checkpoints import (
 from .conditioning import Conditioning
 from .dataset import TrainingDataset, training_loader
 from .engine import BrokenSamples, as_number, build_accelerator, stop_signal, sum_over_processes
-from .models import PATCH_SIZE, VAE_SCALE_FACTOR, build_optimizer, build_transformer, memory_estimate
+from .models import (
+    PATCH_SIZE,
+    TEXT_TOKENS,
+    VAE_SCALE_FACTOR,
+    build_optimizer,
+    build_transformer,
+    compile_blocks,
+    memory_estimate,
+)
 from .objective import diffusion_loss, offset_noise, training_scheduler
 from .settings import Parser, TrainingSettings, add_arguments, resolve
 from .sources import Source, open_source
@@ -122,6 +130,7 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
             settings.validation_prompts,
             output / "prompts.safetensors",
             accelerator.device,
+            text_tokens=TEXT_TOKENS if settings.compile else None,
         )
     loader = training_loader(
         dataset,
@@ -136,7 +145,7 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
     transformer = build_transformer(settings)
     check_channels(transformer, conditioning)
     if settings.compile:
-        transformer.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(transformer, len(dataset.sizes))
     optimizer = build_optimizer(settings, trainable(transformer))
     schedule = get_scheduler(
         settings.lr_schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps

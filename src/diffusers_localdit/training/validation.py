@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.utils import make_image_grid
@@ -109,9 +108,10 @@ def save_pictures(
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for seed, embeds in enumerate(conditioning.prompt_embeds):
-        length = max(len(embeds), len(conditioning.empty))
-        prompt_embeds, prompt_attention_mask = padded(embeds, length)
-        negative_prompt_embeds, negative_prompt_attention_mask = padded(conditioning.empty, length)
+        prompt_embeds, prompt_attention_mask = conditioning.padded(embeds[None])
+        negative_prompt_embeds, negative_prompt_attention_mask = conditioning.padded(
+            conditioning.empty[None], length=prompt_embeds.shape[1]
+        )
         pictures += pipe(
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
@@ -125,12 +125,6 @@ def save_pictures(
     if accelerator.is_main_process:
         with written_whole(path, overwrite=True) as unfinished:
             make_image_grid(pictures, rows=1, cols=len(pictures)).save(unfinished)
-
-
-def padded(embeds: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings `(1, length, D)` of one prompt `(tokens, D)`, and their mask `(1, length)`."""
-    mask = (torch.arange(length, device=embeds.device) < len(embeds)).long()
-    return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], mask[None]
 
 
 def save_plot(rows: list[dict[str, Any]], path: Path, points: int = 200) -> None:
