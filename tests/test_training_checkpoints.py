@@ -1,6 +1,7 @@
 """What counts as a checkpoint, which are kept, and files that a killed run left."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,9 @@ class TestMetrics:
         save_plot(rows, tmp_path / "a.png")
         save_plot(rows, tmp_path / "b.png")
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    def test_full_disk_is_said_with_the_file(self, tmp_path):
+        metrics = Metrics(tmp_path / "metrics.jsonl", step=0)
+        with suppress(OSError), Path("/dev/full").open("a") as metrics.file:  # closing it fails once more
+            with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: No space left on device"):
+                metrics.write({"step": 1})

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save
-from training_inputs import Training, arguments, rows, weights, write_shard
+from training_inputs import Training, arguments, own_process_as_before, rows, weights, write_shard  # noqa: F401
 
 from diffusers_localdit.cli import main as localdit
 from diffusers_localdit.training.train import main
+
+pytestmark = pytest.mark.usefixtures("own_process_as_before")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,8 @@ class TestBeforeTheFirstStep:
 
     def test_half_precision_without_accelerator(self, data, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        assert "fp16" in refusal(capsys, *arguments(data, tmp_path / "run", mixed_precision="fp16"))
+        message = refusal(capsys, *arguments(data, tmp_path / "run", mixed_precision="fp16"))
+        assert "which fp16 needs: give --mixed-precision bf16" in message
 
     @pytest.mark.parametrize(
         "name, value, module", [("optimizer", "adamw_8bit", "bitsandbytes"), ("lora_rank", 4, "peft")]

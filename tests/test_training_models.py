@@ -7,13 +7,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from training_inputs import Training, assert_same_run, rows, weights, write_shard
+from training_inputs import (  # noqa: F401
+    Training,
+    assert_same_run,
+    own_process_as_before,
+    rows,
+    weights,
+    write_shard,
+)
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
 from diffusers_localdit.training.models import build_transformer, memory_estimate
 from diffusers_localdit.training.settings import TrainingSettings
 from diffusers_localdit.training.train import main
 
+pytestmark = pytest.mark.usefixtures("own_process_as_before")
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "caption_channels": 8}
 
 

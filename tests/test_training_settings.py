@@ -170,4 +170,5 @@ class TestResuming:
 def test_help_can_be_printed(capsys):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert "--learning-rate LEARNING_RATE" in parser.format_help()
+    said = parser.format_help()
+    assert "--learning-rate X" in said and "--crop center|random" in said and "--ema-decay X" in said

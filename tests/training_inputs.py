@@ -11,7 +11,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save, save_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -63,6 +65,16 @@ def arguments(data: Path, output: Path, **changes) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [flag, str(value)]
     return words
+
+
+@pytest.fixture
+def own_process_as_before():
+    """Undoes what a run in the process of the tests leaves set."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_flush_denormal(False)
 
 
 class Training(PROCESSES.Process):

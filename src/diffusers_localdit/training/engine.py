@@ -38,6 +38,8 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.device.type == "cpu":
+        if settings.mixed_precision == "fp16":
+            raise ValueError("there is no accelerator here, which fp16 needs: give --mixed-precision bf16 or no")
         accelerator.print("there is no accelerator here: training on the CPU")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

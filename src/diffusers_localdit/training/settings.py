@@ -134,6 +134,7 @@ class TrainingSettings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingSettings)}
 KINDS = typing.get_type_hints(TrainingSettings)
+METAVARS = {str: "NAME", int: "N", float: "X", dict[str, Any]: "YAML"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif KINDS[field.name] == list[str]:
             arguments |= {"nargs": "*", "metavar": "TEXT"}
         else:
-            arguments["metavar"] = "|".join(field.metadata["choices"] or [field.name.upper()])
+            arguments["metavar"] = "|".join(field.metadata["choices"] or [METAVARS[_kind(field.name)]])
         parser.add_argument(flag, **arguments)
 
 
@@ -218,11 +219,9 @@ def _parse_yaml(text: str) -> dict[str, Any]:
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     """The value as the kind that the field wants. Numbers may be text: YAML 1.1 reads 2e-5 as such."""
-    kind, optional = KINDS[field.name], type(None) in typing.get_args(KINDS[field.name])
-    if optional:
-        kind = typing.get_args(kind)[0]
-        if value is None or value == "none":
-            return None
+    kind, optional = _kind(field.name), type(None) in typing.get_args(KINDS[field.name])
+    if optional and value in (None, "none"):
+        return None
     expected = {
         str: "text",
         int: "a whole number",
@@ -247,6 +246,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if choices is not None and value not in choices:
         raise ValueError(f"{field.name} must be one of {', '.join(choices)} but is {value!r}{nearest(value, choices)}")
     return value
+
+
+def _kind(name: str) -> Any:
+    """What a field holds, if it is not `None`."""
+    kind = KINDS[name]
+    return typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
 
 
 def _is_a(kind: Any, value: Any) -> bool:

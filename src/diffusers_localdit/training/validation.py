@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from diffusers.utils import make_image_grid
 from torch import nn
 
-from ..checkpoint_io import written_whole
+from ..checkpoint_io import CheckpointError, written_whole
 from ..pipeline_localdit import LocalDiTPipeline
 from .conditioning import Conditioning
 from .dataset import TrainingDataset, collate
@@ -32,14 +32,19 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         kept = path.read_bytes().splitlines(keepends=True)[:step] if path.exists() else []
-        with written_whole(path, overwrite=True) as unfinished:
-            unfinished.write_bytes(b"".join(kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shorter = path.with_name(f".{path.name}.new")
+        shorter.write_bytes(b"".join(kept))
+        os.replace(shorter, path)  # at no moment is there no file: what it says cannot be computed again
         self.path = path
         self.file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
         """Have the rows on the disk before a checkpoint says that they are."""
