@@ -97,8 +97,7 @@ def test_other_settings_do_not_resume(data, reference):
     assert "learning_rate: 0.001, but now it is 1.0" in message
 
 
-def test_more_workers_and_accumulated_batches(data, tmp_path):
-    """The number of workers changes nothing. Four samples at once or two by two change no more than rounding."""
+def test_number_of_workers_changes_nothing(data, tmp_path):
     settings = {"steps": 4, "warmup_steps": 0}
     Training(data, tmp_path / "none", num_workers=0, **settings).finish()
     Training(data, tmp_path / "two", num_workers=2, **settings).finish()
