@@ -42,6 +42,7 @@ SKETCHES = {
     ),
 }
 STRENGTH = 0.6
+GUIDANCE_SCALE = 1.5  # more of it bends the shapes of the bundled model
 
 COLUMNS = 6
 CELL = 128
@@ -80,12 +81,16 @@ def generators(count: int) -> list[torch.Generator]:
 def make_cells(model: str | Path) -> tuple[list, list]:
     """Pictures with captions: those of `PROMPTS`, then each sketch and what becomes of it."""
     text_to_image = LocalDiTPipeline.from_pretrained(model)
-    images = text_to_image(PROMPTS, generator=generators(len(PROMPTS))).images
+    images = text_to_image(PROMPTS, guidance_scale=GUIDANCE_SCALE, generator=generators(len(PROMPTS))).images
 
     image_to_image = LocalDiTImg2ImgPipeline.from_pipe(text_to_image)
     sketches = [draw_sketch(*sketch) for sketch in SKETCHES.values()]
     results = image_to_image(
-        list(SKETCHES), image=sketches, strength=STRENGTH, generator=generators(len(sketches))
+        list(SKETCHES),
+        image=sketches,
+        strength=STRENGTH,
+        guidance_scale=GUIDANCE_SCALE,
+        generator=generators(len(sketches)),
     ).images
     redrawn = []
     for sketch, result, prompt in zip(sketches, results, SKETCHES):

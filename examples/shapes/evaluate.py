@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--model", type=Path, default=BUNDLED_MODEL, help="pipeline folder")
     parser.add_argument("--pictures", type=int, default=256, help="pictures per kind")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="PNG file for the first pictures of every kind")

@@ -18,7 +18,7 @@ SIZE_BOUNDS = tuple((RADII[a][1] + RADII[b][0]) / 2 for a, b in (("small", "medi
 
 @dataclass(frozen=True)
 class Found:
-    """An object found in a picture: `shape` is None if it is none of the three; centre and radius in pixels / 128."""
+    """An object found in a picture: `shape` is None if it is none of the three; centre and radius in pixels."""
 
     colour: str
     shape: str | None
