@@ -9,18 +9,23 @@ BIN := $(VENV)/bin
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/contact_sheet.py --output out/contact_sheet.png
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest
+# Two workers with a thread each; a file's tests stay together, since they share what is costly to make.
+test: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 
-style: $(VENV)/installed
+style: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
