@@ -499,5 +499,6 @@ def test_contact_sheet(model, tmp_path, capsys, monkeypatch):
     left, top, cell = example["GAP"], 18 + 2 * example["GAP"], example["CELL"]
     first = np.asarray(sheet.crop((left, top, left + cell, top + cell)), dtype=int)
     pipe = LocalDiTPipeline.from_pretrained(model)
-    alone = pipe(example["PROMPTS"][0], generator=torch.Generator().manual_seed(0)).images[0]
+    settings = {"guidance_scale": example["GUIDANCE_SCALE"], "generator": torch.Generator().manual_seed(0)}
+    alone = pipe(example["PROMPTS"][0], **settings).images[0]
     assert np.abs(first - np.asarray(alone, dtype=int)).max() <= 1
