@@ -163,8 +163,8 @@ def sincos_pos_embed(
     """
     rows = torch.arange(height, device=device, dtype=torch.float32) / (height / base_size) / interpolation_scale
     columns = torch.arange(width, device=device, dtype=torch.float32) / (width / base_size) / interpolation_scale
-    rows = get_1d_sincos_pos_embed_from_grid(dim // 2, rows)[:, None, :].expand(-1, width, -1)
-    columns = get_1d_sincos_pos_embed_from_grid(dim // 2, columns)[None, :, :].expand(height, -1, -1)
+    rows = get_1d_sincos_pos_embed_from_grid(dim // 2, rows, output_type="pt")[:, None, :].expand(-1, width, -1)
+    columns = get_1d_sincos_pos_embed_from_grid(dim // 2, columns, output_type="pt")[None, :, :].expand(height, -1, -1)
     return torch.cat([columns, rows], dim=-1).reshape(height * width, dim).float()
 
 
