@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from make_latents import load_latents
-from torch import nn
 from tqdm import tqdm
 
 from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.training.objective import initialize_weights
 
 CAPTION_DROPOUT = 0.1
 TIMESTEPS = 1000
@@ -43,23 +43,6 @@ def build_transformer(caption_channels: int) -> LocalDiTTransformer2DModel:
     )
     initialize_weights(transformer)
     return transformer
-
-
-def initialize_weights(transformer: LocalDiTTransformer2DModel) -> None:
-    """PixArt's: Xavier linears, small normals for the embedders, no cross-attention and no output at the start."""
-    for module in transformer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    embedders = [transformer.adaln_single, transformer.caption_projection]
-    for module in (module for embedder in embedders for module in embedder.modules()):
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-    nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
-    for block in transformer.transformer_blocks:
-        nn.init.zeros_(block.cross_attn.to_out[0].weight)
-    nn.init.zeros_(transformer.proj_out.weight)
 
 
 def learning_rate_factor(step: int, warmup: int, steps: int, decay: int) -> float:
