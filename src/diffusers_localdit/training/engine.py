@@ -12,8 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
 from .settings import TrainingSettings
-
-MOST_BROKEN = 0.01  # of the samples
+from .sources import MOST_BROKEN
 
 
 def build_accelerator(settings: TrainingSettings) -> Accelerator:

@@ -20,18 +20,16 @@ from ..checkpoint_io import one_line
 from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from .buckets import assign, buckets
+from .conditioning import EMPTY_CAPTION, PRECOMPUTE_SETTINGS
 from .encode import encode_captions, encode_pictures, load_parts
+from .models import PATCH_SIZE
 from .pictures import PictureError, decode, resize_and_crop
 from .random import Stream, sample_generator
 from .shards import SHARD_NAME, DataError, write_shard
-from .sources import BrokenSample, Source, normalize_caption, open_source
+from .sources import MOST_BROKEN, BrokenSample, Source, normalize_caption, open_source
 
-SETTINGS_FILE = "precompute.json"
 BROKEN_FILE = "broken.txt"
-EMPTY_CAPTION_FILE = "empty_caption.safetensors"
 UNFINISHED = ".tmp"
-PATCH_SIZE = 2  # of the transformers that will be trained
-MOST_BROKEN = 0.01  # of all samples
 
 
 def precompute(
@@ -106,8 +104,8 @@ def precompute(
 
     log = output / BROKEN_FILE
     output.mkdir(parents=True, exist_ok=True)
-    _write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=2).encode() + b"\n")
-    _write_whole(output / EMPTY_CAPTION_FILE, safetensors.torch.save(empty_caption))
+    _write_whole(output / PRECOMPUTE_SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
+    _write_whole(output / EMPTY_CAPTION, safetensors.torch.save(empty_caption))
     _forget(log, set(indices))
     rest = Subset(Cuts(source, sizes, crop, seed), indices)
     loader = DataLoader(rest, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
@@ -214,7 +212,7 @@ def _unpadded_embeds(pipe: LocalDiTPipeline, captions: list[str]) -> list[torch.
 
 def _check_output(output: Path, settings: dict[str, Any]) -> None:
     """Refuses a folder that was begun with other settings, or where other files lie."""
-    path = output / SETTINGS_FILE
+    path = output / PRECOMPUTE_SETTINGS
     if path.exists():
         begun = json.loads(path.read_text())
         if differing := [name for name, value in settings.items() if begun.get(name) != value]:
@@ -224,7 +222,7 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
                 + "; repeat them to go on, or choose another OUTPUT"
             )
     elif output.exists() and (others := [one.name for one in output.iterdir() if one.suffix != UNFINISHED]):
-        raise ValueError(f"{output} holds {min(others)} and no {SETTINGS_FILE}; choose a new or empty OUTPUT")
+        raise ValueError(f"{output} holds {min(others)} and no {PRECOMPUTE_SETTINGS}; choose a new or empty OUTPUT")
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -28,6 +28,7 @@ SHARD_CAPTIONS = ("txt", "cap", "json")
 CAPTION_FIELDS = ("text", "caption")
 ENCODED = "safetensors"
 METADATA_FILE = "metadata.jsonl"
+MOST_BROKEN = 0.01  # of all samples; more stop what reads them
 LARGEST_HEADER = 1 << 20  # bytes; what is no safetensors file may ask for any amount of memory
 
 
