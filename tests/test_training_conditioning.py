@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline
-from diffusers_localdit.training.conditioning import EMPTY_CAPTION, PRECOMPUTE_SETTINGS, Conditioning
+from diffusers_localdit.training.conditioning import EMPTY_CAPTION, Conditioning
+from diffusers_localdit.training.shards import PRECOMPUTE_SETTINGS
 
 CPU = torch.device("cpu")
 PROMPT = "a red circle on a white background"

@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 
 from diffusers_localdit.training.buckets import batches_per_epoch, buckets
-from diffusers_localdit.training.dataset import TrainingDataset, collate, training_loader
+from diffusers_localdit.training.dataset import (
+    LOGIT_DEVIATION,
+    TrainingDataset,
+    collate,
+    draw_timestep,
+    training_loader,
+)
 from diffusers_localdit.training.random import Stream, sample_generator
 from diffusers_localdit.training.shards import DataError, write_shard
 from diffusers_localdit.training.sources import open_source
@@ -144,6 +150,26 @@ def test_what_is_drawn_is_distributed_as_it_should_be(shards):
     assert abs(noise.var() - 1) < 5 * (2 / len(noise)) ** 0.5
     correlation = torch.corrcoef(torch.stack([dropped, timesteps, *noise_ends(samples)]).double())
     assert correlation.fill_diagonal_(0).abs().max() < 5 / 1500**0.5
+
+
+def test_timesteps_around_the_middle():
+    """A share of 0.7 is logit-normal, whose distribution function is that of the normal one at the logit."""
+    generator = torch.Generator().manual_seed(0)
+    timesteps = torch.stack([draw_timestep(1000, 0.7, generator) for _ in range(20000)])
+    edges = torch.arange(50, 1000, 50).double() / 1000
+    below = torch.special.ndtr(torch.logit(edges) / LOGIT_DEVIATION) * 0.7 + edges * 0.3
+    expected = 20000 * torch.cat([below, torch.ones(1)]).diff(prepend=torch.zeros(1))
+    counts = torch.bincount(timesteps // 50, minlength=20)
+    assert len(counts) == 20 and timesteps.min() >= 0
+    assert ((counts - expected) ** 2 / expected).sum() < 57  # chi square with 19 degrees of freedom, p < 1e-5
+
+
+def test_timesteps_are_drawn_by_sample(shards):
+    """The share of the middle changes which timestep a sample gets, and nothing else of it."""
+    uniform, middle = dataset(shards), dataset(shards, logit_normal_timesteps=1.0)
+    before, after = uniform[3, 7], middle[3, 7]
+    assert after["timesteps"] == dataset(shards, logit_normal_timesteps=1.0)[3, 7]["timesteps"] != before["timesteps"]
+    assert_equal(after | {"timesteps": before["timesteps"]}, before)
 
 
 def noise_ends(samples):

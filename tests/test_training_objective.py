@@ -15,6 +15,7 @@ from diffusers_localdit.training.objective import (
     initialize_weights,
     min_snr_weight,
     offset_noise,
+    p2_weight,
     training_scheduler,
 )
 
@@ -144,6 +145,29 @@ def test_min_snr_weight_scales_the_loss():
     weighted = diffusion_loss(model, scheduler, **inputs, snr_gamma=5.0)
     torch.testing.assert_close(weighted, plain * min_snr_weight(scheduler, inputs["timesteps"], 5.0))
     assert weighted[0] < plain[0] and weighted[2] == plain[2]
+
+
+def test_p2_weight_scales_the_loss():
+    inputs, model, scheduler = batch(), Recorder(), training_scheduler()
+    plain = diffusion_loss(model, scheduler, **inputs)
+    weighted = diffusion_loss(model, scheduler, **inputs, p2_gamma=0.4)
+    signal = scheduler.alphas_cumprod[inputs["timesteps"]].double()
+    torch.testing.assert_close((weighted / plain).double(), ((1 - signal) / signal) ** 0.4, rtol=1e-4, atol=0)
+    assert weighted[0] < plain[0] and weighted[2] > plain[2]
+
+
+def test_p2_weight_evens_out_the_errors_of_a_trained_model():
+    """
+    The mean squared error of the latents that a good checkpoint of localdit-shapes predicts, as it was measured. With
+    the weight of its preset no timestep counts for more than twice another one; without, for up to sixteen times.
+    """
+    measured = {50: 0.0021, 150: 0.0056, 250: 0.0118, 350: 0.0231, 450: 0.0569, 550: 0.1415, 650: 0.3148}
+    scheduler, timesteps = training_scheduler(), torch.tensor(list(measured))
+    signal = scheduler.alphas_cumprod[timesteps]
+    errors = torch.tensor(list(measured.values())) * signal / (1 - signal)  # of the noise
+    assert 15 < errors.max() / errors.min() < 17
+    weighted = errors * p2_weight(scheduler, timesteps, 0.333)
+    assert weighted.max() / weighted.min() < 2
 
 
 def test_offset_noise_has_the_distribution_of_an_added_offset():

@@ -29,6 +29,7 @@ def test_defaults_are_the_reference_recipe():
     assert (settings.learning_rate, settings.weight_decay, settings.max_grad_norm) == (2e-5, 0.03, 0.01)
     assert (settings.warmup_steps, settings.caption_dropout, settings.mixed_precision) == (1000, 0.1, "bf16")
     assert (settings.snr_gamma, settings.noise_offset, settings.lora_rank) == (None, 0.0, None)
+    assert (settings.p2_gamma, settings.logit_normal_timesteps) == (None, 0.0)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -81,7 +82,9 @@ def test_every_field_can_be_given_on_the_command_line(name):
     elif field.metadata["minimum"] is None:
         assert getattr(settings_of(flag, "text"), name) == "text"
     else:
-        number = "32" if name not in ("caption_dropout", "adam_beta2", "ema_decay") else "0.5"
+        number = (
+            "32" if name not in ("caption_dropout", "adam_beta2", "ema_decay", "logit_normal_timesteps") else "0.5"
+        )
         assert getattr(settings_of(flag, number), name) == float(number)
 
 
@@ -114,6 +117,7 @@ class TestRefusals:
             (("--learning-rate", "nan"), ["learning_rate", "number"]),
             (("--learning-rate", "none"), ["learning_rate", "number"]),
             (("--caption-dropout", "1.5"), ["caption_dropout", "0 to 1"]),
+            (("--snr-gamma", "5", "--p2-gamma", "1"), ["snr_gamma and p2_gamma", "none"]),
             (("--crop", "centre"), ["crop", "center, random", "did you mean 'center'?"]),
             (("--architecture", "3"), ["name: value"]),
             (("--architecture", "{a: "), ["YAML"]),
@@ -139,14 +143,21 @@ class TestRefusals:
         assert "compile must be true or false" in refusal(capsys, "--config", config)
 
 
+def manifest(settings: TrainingSettings, processes: int = 1, data: str = "these") -> dict:
+    """What a checkpoint remembers."""
+    batch = settings.batch_size * processes
+    return {"settings": dataclasses.asdict(settings), "global_batch_size": batch, "data": data}
+
+
 class TestResuming:
     def test_same_settings_resume(self):
         settings = settings_of("--preset", "shapes")
-        settings.check_resumes(dataclasses.asdict(settings), 32, 32)
+        settings.check_resumes(manifest(settings), manifest(settings))
 
     def test_what_only_says_how_may_change(self):
-        started = dataclasses.asdict(settings_of("--steps", 10, "--keep-checkpoints", 1))
-        settings_of("--steps", 20, "--keep-checkpoints", 3, "--num-workers", 0).check_resumes(started, 4, 4)
+        started = manifest(settings_of("--steps", 10, "--keep-checkpoints", 1))
+        now = settings_of("--steps", 20, "--keep-checkpoints", 3, "--num-workers", 0)
+        now.check_resumes(started, manifest(now))
 
     @pytest.mark.parametrize(
         "name, value", [("learning_rate", 1.0), ("seed", 3), ("image_size", 64), ("crop", "random")]
@@ -154,14 +165,20 @@ class TestResuming:
     def test_what_is_computed_may_not_change(self, name, value):
         settings = TrainingSettings(output="mine")
         with pytest.raises(ValueError, match=f"mine was started with {name}.*--output"):
-            settings.replace(**{name: value}).check_resumes(dataclasses.asdict(settings), 4, 4)
+            settings.replace(**{name: value}).check_resumes(manifest(settings), manifest(settings))
 
     def test_batch_of_all_processes_may_not_change(self):
         settings = TrainingSettings(batch_size=4)
         halved = settings.replace(batch_size=2)
-        halved.check_resumes(dataclasses.asdict(settings), 4, 4)  # on two processes
+        halved.check_resumes(manifest(settings), manifest(halved, processes=2))
         with pytest.raises(ValueError, match="batches of 4 samples"):
-            halved.check_resumes(dataclasses.asdict(settings), 4, 2)
+            halved.check_resumes(manifest(settings), manifest(halved))
+
+    def test_data_may_not_change(self):
+        settings = TrainingSettings(output="mine", data_root="pictures")
+        expected = "started with other samples than pictures holds now; .*--output.*--init-from mine"
+        with pytest.raises(ValueError, match=expected):
+            settings.check_resumes(manifest(settings), manifest(settings, data="others"))
 
     def test_list_of_what_may_change_names_settings(self):
         assert set(CHANGEABLE) <= FIELDS.keys()

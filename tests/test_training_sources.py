@@ -241,3 +241,16 @@ def test_fingerprints_tell_data_sets_apart_and_not_places(tmp_path):
 
 def test_captions_as_the_original_took_them():
     assert normalize_caption("  A Red\tCircle \n") == "a red\tcircle"
+
+
+def test_what_is_precomputed_by_half_is_refused(tmp_path):
+    """Training on a part of the data would go unnoticed."""
+    (tmp_path / "precompute.json").write_text(json.dumps({"samples": 5, "samples_per_shard": 2}))
+    message = "is not precomputed to the end: {} of 3 shards are there; run the same `localdit precompute` again"
+    for number in range(3):
+        with pytest.raises(DataError, match=message.format(number)):
+            open_source(str(tmp_path))
+        indices = range(2 * number, min(2 * number + 2, 5))
+        samples = [(f"{index:08}", {"safetensors": encoded(index)}) for index in indices]
+        write_shard(tmp_path / f"shard-{number:06}.tar", samples)
+    assert len(open_source(str(tmp_path))) == 5

@@ -13,9 +13,9 @@ from ..checkpoint_io import written_whole
 from ..pipeline_localdit import LocalDiTPipeline
 from .encode import encode_captions, encode_pictures, load_parts
 from .models import VAE_SCALE_FACTOR
+from .shards import PRECOMPUTE_SETTINGS
 
 EMPTY_CAPTION = "empty_caption.safetensors"  # written by precompute beside its shards
-PRECOMPUTE_SETTINGS = "precompute.json"
 
 
 class Conditioning:

@@ -20,6 +20,8 @@ from .random import Stream, sample_generator
 from .shards import DataError
 from .sources import BrokenSample, RawSample, Source, normalize_caption
 
+LOGIT_DEVIATION = 0.75  # of logit-normal timesteps: two thirds of them lie between 320 and 680
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,9 +40,11 @@ class TrainingDataset(Dataset):
         spatial_scale (`int`):
             Pixels per latent, along each side.
         num_train_timesteps (`int`):
-            Timesteps are drawn uniformly from 0 up to, not including, this number.
+            Timesteps are drawn from 0 up to, not including, this number.
         seed (`int`):
             Of the run, not negative.
+        logit_normal_timesteps (`float`, defaults to 0.0):
+            Share of the timesteps that is drawn around the middle (see [`draw_timestep`]), the rest uniformly.
         caption_dropout (`float`, defaults to 0.0):
             Share of samples that lose their caption, drawn anew in each epoch.
         crop (`"center"` or `"random"`, defaults to `"center"`):
@@ -66,6 +70,7 @@ class TrainingDataset(Dataset):
         spatial_scale: int,
         num_train_timesteps: int,
         seed: int,
+        logit_normal_timesteps: float = 0.0,
         caption_dropout: float = 0.0,
         crop: Literal["center", "random"] = "center",
         global_batch_size: int = 1,
@@ -77,6 +82,7 @@ class TrainingDataset(Dataset):
         self.spatial_scale = spatial_scale
         self.num_train_timesteps = num_train_timesteps
         self.seed = seed
+        self.logit_normal_timesteps = logit_normal_timesteps
         self.caption_dropout = caption_dropout
         self.crop = crop
         self.global_batch_size = global_batch_size
@@ -138,7 +144,9 @@ class TrainingDataset(Dataset):
         caption_dropped = torch.rand((), generator=generator(Stream.CAPTION_DROPOUT)) < self.caption_dropout
         sample = {
             "noise": torch.randn(latents_shape, generator=generator(Stream.NOISE)),
-            "timesteps": torch.randint(self.num_train_timesteps, (), generator=generator(Stream.TIMESTEP)),
+            "timesteps": draw_timestep(
+                self.num_train_timesteps, self.logit_normal_timesteps, generator(Stream.TIMESTEP)
+            ),
             "resolution": torch.tensor([height, width], dtype=torch.float32),
             "aspect_ratio": torch.tensor([width / height]),
         }
@@ -182,6 +190,18 @@ class TrainingDataset(Dataset):
         if self.source.precomputed:
             return {"latents": torch.zeros(latents_shape), "prompt_embeds": torch.zeros(1, self.caption_channels)}
         return {"pixel_values": torch.zeros(3, height, width), "captions": ""}
+
+
+def draw_timestep(num_timesteps: int, logit_normal_share: float, generator: torch.Generator) -> torch.Tensor:
+    """
+    A timestep that is uniform or, with the probability `logit_normal_share`, logit-normal: around the middle, where
+    the text decides what goes where (Esser et al. 2024, https://arxiv.org/abs/2403.03206).
+    """
+    uniform = torch.randint(num_timesteps, (), generator=generator)
+    if torch.rand((), generator=generator) >= logit_normal_share:
+        return uniform
+    place = torch.sigmoid(LOGIT_DEVIATION * torch.randn((), generator=generator, dtype=torch.float64))
+    return (place * num_timesteps).long()
 
 
 def _encoded(raw: RawSample) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     if settings.tracker not in (None, *(str(tracker) for tracker in get_available_trackers())):
         raise ValueError(f"--tracker {settings.tracker} needs {settings.tracker}: pip install {settings.tracker}")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told, accelerate would leave processes on CPUs apart
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,  # else the learning rate would depend on the number of processes

@@ -25,6 +25,7 @@ def diffusion_loss(
     resolution: torch.Tensor,
     aspect_ratio: torch.Tensor,
     snr_gamma: float | None = None,
+    p2_gamma: float | None = None,
 ) -> torch.Tensor:
     r"""
     Squared error of the predicted noise, one number for each sample. Nothing in it is random.
@@ -40,6 +41,7 @@ def diffusion_loss(
         resolution (`torch.Tensor` of shape `(batch, 2)`): Height and width in pixels.
         aspect_ratio (`torch.Tensor` of shape `(batch, 1)`): Width / height.
         snr_gamma (`float`, *optional*): Weight the samples by min-SNR, see `min_snr_weight`.
+        p2_gamma (`float`, *optional*): Weight the samples by a power of the SNR, see `p2_weight`.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32.
@@ -54,14 +56,30 @@ def diffusion_loss(
     error = F.mse_loss(prediction.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         error = error * min_snr_weight(scheduler, timesteps, snr_gamma)
+    if p2_gamma is not None:
+        error = error * p2_weight(scheduler, timesteps, p2_gamma)
     return error
+
+
+def signal_to_noise(scheduler: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    return alphas_cumprod / (1 - alphas_cumprod)
 
 
 def min_snr_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """min(snr, gamma) / snr for epsilon prediction (Hang et al. 2023, https://arxiv.org/abs/2303.09556)."""
-    alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    snr = signal_to_noise(scheduler, timesteps)
     return snr.clamp(max=gamma) / snr
+
+
+def p2_weight(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """
+    1 / snr^gamma: P2 weighting (Choi et al. 2022, https://arxiv.org/abs/2204.00227) with its k = 0.
+
+    The error of a trained model grows about as the cube root of the SNR, so that with gamma = 1/3 all timesteps weigh
+    the same. Unweighted, the least noisy ones prevail, while what goes where is decided among the noisy ones.
+    """
+    return signal_to_noise(scheduler, timesteps) ** -gamma
 
 
 def offset_noise(noise: torch.Tensor, offset: float) -> torch.Tensor:

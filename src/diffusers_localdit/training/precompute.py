@@ -20,12 +20,12 @@ from ..checkpoint_io import one_line
 from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from .buckets import assign, buckets
-from .conditioning import EMPTY_CAPTION, PRECOMPUTE_SETTINGS
+from .conditioning import EMPTY_CAPTION
 from .encode import encode_captions, encode_pictures, load_parts
 from .models import PATCH_SIZE
 from .pictures import PictureError, decode, resize_and_crop
 from .random import Stream, sample_generator
-from .shards import SHARD_NAME, DataError, write_shard
+from .shards import PRECOMPUTE_SETTINGS, SHARD_NAME, DataError, write_shard
 from .sources import MOST_BROKEN, BrokenSample, Source, normalize_caption, open_source
 
 BROKEN_FILE = "broken.txt"
@@ -81,6 +81,7 @@ def precompute(
         raise DataError(f"{data_root} is precomputed already; train with it as it is")
     settings = {
         "data": source.fingerprint(),
+        "samples": len(source),
         "image_size": image_size,
         "pipeline": pipeline if pipeline == BUNDLED_NAME else str(locate(pipeline)),
         "aspect_ratio_buckets": aspect_ratio_buckets,

@@ -14,8 +14,8 @@ PRESETS = Path(__file__).parent / "presets"
 # What may differ when a run is resumed. All else decides what the run computes.
 CHANGEABLE = (
     *("steps", "output", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts"),
-    *("validation_samples", "tracker", "num_workers", "gradient_checkpointing", "compile", "init_from"),
-    "batch_size",  # but not its product with the number of processes
+    *("validation_root", "validation_samples", "tracker", "num_workers", "gradient_checkpointing", "compile"),
+    *("init_from", "batch_size"),  # but not the batch's product with the number of processes
 )
 
 
@@ -58,15 +58,20 @@ class TrainingSettings:
     gradient_accumulation_steps: int = option(1, "batches per step", minimum=1)
     learning_rate: float = option(2e-5, "at its highest", minimum=0)
     lr_schedule: str = option(
-        "constant_with_warmup", "after the warm-up", choices=("constant_with_warmup", "linear", "cosine")
+        "constant_with_warmup",
+        "after the warm-up",
+        choices=("constant_with_warmup", "linear", "cosine", "warmup_stable_decay"),
     )
     warmup_steps: int = option(1000, "steps until the learning rate is at its highest", minimum=0)
+    decay_steps: int = option(0, "last steps, in which warmup_stable_decay brings it to 0", minimum=0)
     optimizer: str = option("adamw", "adamw_8bit needs bitsandbytes", choices=("adamw", "adamw_8bit"))
     adam_beta2: float = option(0.999, "of AdamW", minimum=0)
     weight_decay: float = option(0.03, "of AdamW", minimum=0)
     max_grad_norm: float = option(0.01, "where the norm of the gradient is cut", minimum=0)
     ema_decay: float | None = option(0.9999, "of the average of the weights; none for no average", minimum=0)
+    logit_normal_timesteps: float = option(0.0, "share of timesteps around the middle; others are uniform", minimum=0)
     snr_gamma: float | None = option(None, "weight the loss by min-SNR with this gamma", minimum=0)
+    p2_gamma: float | None = option(None, "weight the loss by 1 / SNR to this power", minimum=0)
     noise_offset: float = option(0.0, "further standard deviation of the means of the noise", minimum=0)
     lora_rank: int | None = option(None, "train low-rank adapters of this rank, and nothing else", minimum=1)
     seed: int = option(0, "of the initial weights and of all that is random about a sample", minimum=0)
@@ -78,9 +83,10 @@ class TrainingSettings:
     checkpoint_every: int = option(1000, "steps", minimum=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", minimum=1)
     validate_every: int = option(1000, "steps between validation losses, pictures and plots", minimum=1)
-    validation_samples: int = option(
-        8, "samples, the first of the data, on which the validation loss is computed", minimum=0
+    validation_root: str | None = option(
+        None, "data for the validation loss, of the kind of --data-root, which it is by default"
     )
+    validation_samples: int = option(8, "how many of them, the first, it is computed on", minimum=0)
     validation_prompts: list[str] = option(list, "what the validation pictures show")  # noqa: RUF009
     tracker: str | None = option(
         None, "where metrics are sent besides metrics.jsonl", choices=("tensorboard", "wandb", "trackio")
@@ -89,9 +95,11 @@ class TrainingSettings:
     def __post_init__(self):
         for field in FIELDS.values():
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        for name in ("caption_dropout", "adam_beta2", "ema_decay"):
+        for name in ("caption_dropout", "adam_beta2", "ema_decay", "logit_normal_timesteps"):
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1 but is {getattr(self, name)}")
+        if self.snr_gamma is not None and self.p2_gamma is not None:
+            raise ValueError("snr_gamma and p2_gamma are two ways to weight the same loss: set one of them to none")
 
     def replace(self, **changes: Any) -> "TrainingSettings":
         """
@@ -107,28 +115,35 @@ class TrainingSettings:
             changes["architecture"] = self.architecture | changes["architecture"]
         return dataclasses.replace(self, **changes)
 
-    def check_resumes(self, started: dict[str, Any], global_batch_size: int, now: int) -> None:
+    def check_resumes(self, started: dict[str, Any], now: dict[str, Any]) -> None:
         """
-        Make sure that a run that was started with the settings `started` can go on with these.
+        Make sure that a run that was started otherwise can go on with these settings.
 
         Args:
-            started (`dict[str, Any]`): The settings by name.
-            global_batch_size (`int`): Samples in a batch of all processes together, then ...
-            now (`int`): ... and now.
+            started (`dict[str, Any]`):
+                `settings` by name, `global_batch_size` (samples in a batch of all processes together), and `data`, the
+                fingerprint of the source, then ...
+            now (`dict[str, Any]`): ... and now.
 
         Raises:
-            `ValueError`: A setting that decides what the run computes has changed.
+            `ValueError`: The data or a setting that decides what the run computes has changed.
         """
         began = f"the run in {self.output} was started with"
         for name, value in dataclasses.asdict(self).items():
-            if name not in CHANGEABLE and started.get(name, value) != value:
+            before = started["settings"].get(name, value)
+            if name not in CHANGEABLE and before != value:
                 raise ValueError(
-                    f"{began} {name}: {started[name]}, but now it is {value}; put it back, or give another --output"
+                    f"{began} {name}: {before}, but now it is {value}; put it back, or give another --output"
                 )
-        if global_batch_size != now:
+        if started["global_batch_size"] != now["global_batch_size"]:
             raise ValueError(
-                f"{began} batches of {global_batch_size} samples in all, but now --batch-size times processes is"
-                f" {now}; put it back, or give another --output"
+                f"{began} batches of {started['global_batch_size']} samples in all, but now --batch-size times"
+                f" processes is {now['global_batch_size']}; put it back, or give another --output"
+            )
+        if started["data"] != now["data"]:
+            raise ValueError(
+                f"{began} other samples than {self.data_root} holds now; put them back, or give another --output (and"
+                f" --init-from {self.output} to go on with its weights)"
             )
 
 

@@ -21,6 +21,7 @@ from ..checkpoint_io import one_line, written_whole
 
 SHARD_CACHE = Path(HF_HOME) / "localdit_shards"
 SHARD_NAME = "shard-{:06}.tar"
+PRECOMPUTE_SETTINGS = "precompute.json"  # what precomputed shards were made of, and how
 
 
 class DataError(ValueError):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoint_io import one_line
 from .pictures import PictureError, picture_size
-from .shards import SHARD_CACHE, DataError, TarIndex, expand, fetch, is_url
+from .shards import PRECOMPUTE_SETTINGS, SHARD_CACHE, DataError, TarIndex, expand, fetch, is_url
 
 if TYPE_CHECKING:
     import datasets
@@ -309,6 +309,7 @@ def open_source(data_root: str | os.PathLike, shard_cache: str | os.PathLike = S
         if os.path.exists(os.path.join(root, METADATA_FILE)):
             return ImagefolderSource(root)
         shards = sorted(str(path) for path in Path(root).glob("*.tar"))
+        _require_complete(Path(root), len(shards))
         return ShardSource(shards) if shards else FolderSource(root)
     if is_url(root) or root.endswith(".tar") or set(root) & set("{*?["):
         return ShardSource([fetch(shard, shard_cache) if is_url(shard) else shard for shard in expand(root)])
@@ -317,6 +318,18 @@ def open_source(data_root: str | os.PathLike, shard_cache: str | os.PathLike = S
     if root.startswith((".", "/")) or root.count("/") > 1:
         raise DataError(f"{root} does not exist")
     return DatasetsSource(_load_dataset(root), root)
+
+
+def _require_complete(folder: Path, found: int) -> None:
+    """Refuses a folder that `localdit precompute` has not finished: training on a part would go unnoticed."""
+    path = folder / PRECOMPUTE_SETTINGS
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    expected = -(-settings.get("samples", 0) // settings.get("samples_per_shard", 1))
+    if found < expected:
+        raise DataError(
+            f"{folder} is not precomputed to the end: {found} of {expected} shards are there; run the same `localdit "
+            "precompute` again"
+        )
 
 
 def _load_dataset(name: str) -> "datasets.Dataset":

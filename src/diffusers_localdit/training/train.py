@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm import tqdm
+from transformers import get_wsd_schedule
 
 from ..checkpoint_io import one_line
 from .buckets import batches_per_epoch, buckets
@@ -50,13 +51,18 @@ from .sources import Source, open_source
 from .validation import Metrics, save_pictures, save_plot, validation_loss
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+def main(
+    argv: list[str] | None = None,
+    prog: str | None = None,
+    build: Callable[[TrainingSettings], nn.Module] = build_transformer,
+) -> int:
     """
     Run the command.
 
     Args:
         argv (`list[str]`, *optional*): The arguments; those of the process by default.
         prog (`str`, *optional*): What the command is called in messages.
+        build (`Callable`, defaults to `build_transformer`): Makes the model that is trained.
 
     Returns:
         `int`: The exit code: 0 when done or stopped by SIGTERM, 2 for what the user can put right, 130 after Ctrl-C.
@@ -69,10 +75,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         if settings.data_root is None:
             raise ValueError("give --data-root: what to train on")
         if args.dry_run:
-            dry_run(settings)
+            dry_run(settings, build)
         else:
             with stop_signal() as stop:
-                train(settings, stop)
+                train(settings, stop, build)
     except KeyboardInterrupt:
         return fail(parser.prog, "interrupted; run the same command to go on from the last checkpoint", 130)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -88,13 +94,18 @@ def fail(prog: str, message: str, code: int) -> int:
     return code
 
 
-def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) -> None:
+def train(
+    settings: TrainingSettings,
+    stop: Callable[[], bool] = lambda: False,
+    build: Callable[[TrainingSettings], nn.Module] = build_transformer,
+) -> None:
     """
     Train until `settings.steps`, from the last checkpoint in `settings.output` if there is one.
 
     Args:
         settings ([`TrainingSettings`]): All of it.
         stop (`Callable`): Asked after each step whether to save and return.
+        build (`Callable`, defaults to `build_transformer`): Makes the model that is trained.
 
     Raises:
         `ValueError`: A setting, the data or the pipeline is no good, or does not fit the run that is resumed.
@@ -107,22 +118,27 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
     global_batch_size = settings.batch_size * accelerator.num_processes
 
     # 1. Where to go on
+    source = open_source(settings.data_root)
+    manifest = {
+        "settings": dataclasses.asdict(settings),
+        "global_batch_size": global_batch_size,
+        "data": source.fingerprint(),
+    }
     checkpoint = latest_checkpoint(checkpoint_folder)
     step = 0
     if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
-        step = manifest["step"]
-        settings.check_resumes(manifest["settings"], manifest["global_batch_size"], global_batch_size)
+        started = read_manifest(checkpoint)
+        step = started["step"]
+        settings.check_resumes(started, manifest)
         accelerator.print(f"going on from {checkpoint}")
     if step >= settings.steps:
         accelerator.print(f"all {settings.steps} steps are done")
         return
 
     # 2. Data
-    source = open_source(settings.data_root)
     with accelerator.main_process_first():  # which leaves sizes of pictures and embeddings of prompts to the others
         dataset = build_dataset(settings, source, global_batch_size)
-        validation_data = build_dataset(settings.replace(seed=0, caption_dropout=0, crop="center"), source, 1)
+        validation_data = build_validation_dataset(settings, source)
         conditioning = Conditioning(
             settings.pipeline,
             settings.data_root,
@@ -142,14 +158,12 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
 
     # 3. Model, optimizer, average
     set_seed(settings.seed)  # the same weights in every process
-    transformer = build_transformer(settings)
+    transformer = build(settings)
     check_channels(transformer, conditioning)
     if settings.compile:
         compile_blocks(transformer, len(dataset.sizes))
     optimizer = build_optimizer(settings, trainable(transformer))
-    schedule = get_scheduler(
-        settings.lr_schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
-    )
+    schedule = build_schedule(settings, optimizer)
     model, optimizer, schedule = accelerator.prepare(transformer, optimizer, schedule)
     ema = EMAModel(trainable(model), decay=settings.ema_decay) if settings.ema_decay is not None else None
     scheduler = training_scheduler()
@@ -164,7 +178,6 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
     if settings.tracker is not None:
         config = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
         accelerator.init_trackers("localdit", config=config)
-    manifest = {"settings": dataclasses.asdict(settings), "global_batch_size": global_batch_size}
 
     # 5. Train
     batches = iter(loader)
@@ -221,7 +234,9 @@ def train(settings: TrainingSettings, stop: Callable[[], bool] = lambda: False) 
     accelerator.print(f"{'stopped' if stopping else 'done'} after step {step}: {checkpoint}")
 
 
-def build_dataset(settings: TrainingSettings, source: Source, global_batch_size: int) -> TrainingDataset:
+def build_dataset(
+    settings: TrainingSettings, source: Source, global_batch_size: int, size_cache: str = "sizes.json"
+) -> TrainingDataset:
     return TrainingDataset(
         source,
         buckets(settings.image_size, VAE_SCALE_FACTOR * PATCH_SIZE, settings.aspect_ratio_buckets),
@@ -229,11 +244,32 @@ def build_dataset(settings: TrainingSettings, source: Source, global_batch_size:
         spatial_scale=VAE_SCALE_FACTOR,
         num_train_timesteps=training_scheduler().config.num_train_timesteps,
         seed=settings.seed,
+        logit_normal_timesteps=settings.logit_normal_timesteps,
         caption_dropout=settings.caption_dropout,
         crop=settings.crop,
         global_batch_size=global_batch_size,
-        size_cache=Path(settings.output) / "sizes.json",
+        size_cache=Path(settings.output) / size_cache,
     )
+
+
+def build_validation_dataset(settings: TrainingSettings, training_source: Source) -> TrainingDataset:
+    source, size_cache = training_source, "sizes.json"
+    if settings.validation_root is not None:
+        source, size_cache = open_source(settings.validation_root), "validation_sizes.json"
+        if source.precomputed != training_source.precomputed:
+            raise ValueError(
+                f"{settings.validation_root} and {settings.data_root} must both be precomputed, or both hold pictures"
+            )
+    return build_dataset(settings.replace(seed=0, caption_dropout=0, crop="center"), source, 1, size_cache)
+
+
+def build_schedule(
+    settings: TrainingSettings, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    steps = {"num_warmup_steps": settings.warmup_steps, "num_training_steps": settings.steps}
+    if settings.lr_schedule == "warmup_stable_decay":
+        return get_wsd_schedule(optimizer, num_decay_steps=settings.decay_steps, decay_type="linear", **steps)
+    return get_scheduler(settings.lr_schedule, optimizer, **steps)
 
 
 def check_channels(transformer: nn.Module, conditioning: Conditioning) -> None:
@@ -268,6 +304,7 @@ def sample_losses(
         resolution,
         aspect_ratio,
         settings.snr_gamma,
+        settings.p2_gamma,
     )
     return losses * weight
 
@@ -304,13 +341,13 @@ def validate(
     return {"validation_loss": validation_loss(accelerator, model, scheduler, conditioning, dataset, samples)}
 
 
-def dry_run(settings: TrainingSettings) -> None:
+def dry_run(settings: TrainingSettings, build: Callable[[TrainingSettings], nn.Module] = build_transformer) -> None:
     """Say what a run would do: its settings, size, memory and length."""
-    processes = PartialState().num_processes
+    processes = PartialState(cpu=not torch.accelerator.is_available()).num_processes
     dataset = build_dataset(settings, open_source(settings.data_root), settings.batch_size * processes)
     batches = batches_per_epoch(dataset.bucket_of_sample, dataset.global_batch_size)
     steps_per_epoch = batches / settings.gradient_accumulation_steps
-    transformer = build_transformer(settings)
+    transformer = build(settings)
     trained = sum(parameter.numel() for parameter in trainable(transformer))
     memory = memory_estimate(transformer, settings)
     parts = ", ".join(f"{what} {count / 1e9:,.2f}" for what, count in memory.items())
