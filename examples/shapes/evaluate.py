@@ -4,6 +4,7 @@ There are few held-out captions of one object or of counted ones, so these come 
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,32 @@ def draw_wrapped(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str
     draw.multiline_text(position, "\n".join(lines[:3]), fill=fill, spacing=0)
 
 
+def judged_pictures(
+    pipeline: LocalDiTPipeline, pictures: int, steps: int, guidance_scale: float, batch_size: int, seed: int
+) -> Iterator[tuple[str, Image.Image, str, Verdict]]:
+    """Kind, picture, caption and verdict for held-out captions, so many `pictures` of each kind."""
+    pipeline.set_progress_bar_config(disable=True)
+    progress = tqdm(total=pictures * len(KINDS), mininterval=5)
+    for kind_index, kind in enumerate(KINDS):
+        rng = np.random.default_rng((seed, kind_index))
+        wanted = [sample_caption(rng, kind, held_out=True) for _ in range(pictures)]
+        for start in range(0, pictures, batch_size):
+            batch = wanted[start : start + batch_size]
+            first_seed = seed + kind_index * pictures + start
+            images = pipeline(
+                prompt=[caption for _, caption in batch],
+                generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(batch))],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=IMAGE_SIZE,
+                width=IMAGE_SIZE,
+            ).images
+            for image, (spec, caption) in zip(images, batch):
+                yield kind, image, caption, judge(image, spec)
+            progress.update(len(batch))
+    progress.close()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED_MODEL, help="pipeline folder")
@@ -58,30 +85,12 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = LocalDiTPipeline.from_pretrained(args.model).to(device)
-    pipeline.set_progress_bar_config(disable=True)
     verdicts, shown = {kind: [] for kind in KINDS}, []
-    progress = tqdm(total=args.pictures * len(KINDS))
-    for kind_index, kind in enumerate(KINDS):
-        rng = np.random.default_rng((args.seed, kind_index))
-        wanted = [sample_caption(rng, kind, held_out=True) for _ in range(args.pictures)]
-        for start in range(0, args.pictures, args.batch_size):
-            batch = wanted[start : start + args.batch_size]
-            first_seed = args.seed + kind_index * args.pictures + start
-            images = pipeline(
-                prompt=[caption for _, caption in batch],
-                generator=[torch.Generator().manual_seed(first_seed + i) for i in range(len(batch))],
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale,
-                height=IMAGE_SIZE,
-                width=IMAGE_SIZE,
-            ).images
-            for image, (spec, caption) in zip(images, batch):
-                verdict = judge(image, spec)
-                verdicts[kind].append(verdict)
-                if len(verdicts[kind]) <= 2 * args.sheet_columns:
-                    shown.append((image, caption, verdict))
-            progress.update(len(batch))
-    progress.close()
+    drawn = judged_pictures(pipeline, args.pictures, args.steps, args.guidance_scale, args.batch_size, args.seed)
+    for kind, image, caption, verdict in drawn:
+        verdicts[kind].append(verdict)
+        if len(verdicts[kind]) <= 2 * args.sheet_columns:
+            shown.append((image, caption, verdict))
 
     print("| kind | pictures | right | sizes right too |\n|---|---|---|---|")
     overall = [verdict for group in verdicts.values() for verdict in group]

@@ -1,4 +1,4 @@
-"""Renders pictures with captions that are not held out into tar shards, for `localdit precompute` and the trainer.
+"""Renders pictures with their captions into tar shards, for `localdit precompute` and the trainer.
 
 Run it again to resume. A picture depends on the seed and its number only, so that more pictures are the same and more.
 """
@@ -8,18 +8,25 @@ import io
 from pathlib import Path
 
 import numpy as np
-from scenes import render, sample_scene
+from PIL import ImageOps
+from scenes import COLOURS, render, sample_scene
 from tqdm import tqdm
 
 from diffusers_localdit.training.shards import SHARD_NAME, write_shard
 
+FRAME = 8  # pixels
 
-def make_sample(seed: int, number: int) -> tuple[str, dict[str, bytes]]:
+
+def make_sample(
+    seed: int, number: int, held_out: bool = False, frame: str | None = None
+) -> tuple[str, dict[str, bytes]]:
     """Key of a picture and its members by extension."""
-    scene = sample_scene(np.random.default_rng([seed, number]))
-    picture = io.BytesIO()
-    render(scene).save(picture, "PNG")
-    return f"{number:08d}", {"png": picture.getvalue(), "txt": scene.caption.encode()}
+    scene = sample_scene(np.random.default_rng([seed, number]), held_out=held_out)
+    picture, file = render(scene), io.BytesIO()
+    if frame is not None:
+        picture = ImageOps.expand(ImageOps.crop(picture, FRAME), FRAME, COLOURS[frame])
+    picture.save(file, "PNG")
+    return f"{number:08d}", {"png": file.getvalue(), "txt": scene.caption.encode()}
 
 
 def main(argv: list[str] | None = None):
@@ -27,6 +34,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--output", type=Path, default=Path("out/shapes/pictures"), help="folder of the shards")
     parser.add_argument("--pictures", type=int, default=60000)
     parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--held-out", action="store_true", help="of the captions that training never sees")
+    parser.add_argument("--frame", choices=COLOURS, help="put a frame of this colour around all: a style for LoRA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -35,7 +44,7 @@ def main(argv: list[str] | None = None):
         path = args.output / SHARD_NAME.format(shard)
         if not path.exists():
             numbers = range(start, min(start + args.samples_per_shard, args.pictures))
-            write_shard(path, (make_sample(args.seed, number) for number in numbers))
+            write_shard(path, (make_sample(args.seed, number, args.held_out, args.frame) for number in numbers))
 
 
 if __name__ == "__main__":
