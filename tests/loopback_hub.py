@@ -11,7 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,14 +122,14 @@ class LoopbackHub:
     def read(self, repository: str, path: str, revision: str = "main") -> bytes:
         return self.contents[self.repositories[repository].find(revision).files[path].sha256]
 
-    def fail(self, request: str, answer: int | str, times: int = 1) -> None:
+    def fail(self, request: str, answer: int | str | Callable[[], None], times: int = 1) -> None:
         """
         Lets the next `times` requests that match a regular expression (like `"PUT /objects/"`) fail: `answer` is a
-        status, or "cut" for a connection that breaks in the middle of the content.
+        status, "cut" for a connection that breaks in the middle of the content, or what to do there before it breaks.
         """
         self.failures.append([request, answer, times])
 
-    def failure_of(self, request: str) -> int | str | None:
+    def failure_of(self, request: str) -> int | str | Callable[[], None] | None:
         with self.lock:
             for failure in self.failures:
                 if failure[2] > 0 and re.match(failure[0], request):
@@ -194,10 +194,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(request)
         failure = self.hub.failure_of(request)
-        if failure == "cut":
+        if failure == "cut" or callable(failure):
             self.cut = True
             if self.command in ("PUT", "POST"):
                 self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+                if callable(failure):
+                    failure()
                 self.break_connection()
                 return
         self.body = self.read_body()

@@ -29,6 +29,8 @@ def main():
     temporary = args.output.with_name(args.output.name + ".tmp")
     pipeline.save_pretrained(temporary)
     if args.output.exists():
+        if (args.output / "images").exists():  # the examples: draw them again with `localdit generate --like`
+            (args.output / "images").rename(temporary / "images")
         shutil.rmtree(args.output)
     temporary.rename(args.output)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())

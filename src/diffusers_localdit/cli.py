@@ -1,7 +1,6 @@
 """The command `localdit`: pictures from prompts and from pictures, conversion, and what a model is made of."""
 
 import argparse
-import hashlib
 import inspect
 import itertools
 import random
@@ -17,13 +16,13 @@ from diffusers.utils import load_image
 from diffusers.utils.torch_utils import get_device
 from PIL import Image
 
-from . import __version__, conversion, hub
+from . import __version__, conversion, demo, hub
 from .checkpoint_io import one_line, written_whole
 from .key_mapping import DTYPES
 from .model_info import BUNDLED_NAME, describe, locate
 from .pipeline_localdit import LocalDiTPipeline
 from .pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
-from .png_settings import read_settings, settings_chunks
+from .png_settings import picture_digest, read_settings, settings_chunks
 from .transformer_localdit import LocalDiTTransformer2DModel
 
 # The pipelines' names of the settings that go to them; what is not given is left to their defaults.
@@ -132,6 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_command("publish", hub.run, "publish a model as a repository of the Hub")
     hub.add_arguments(command)
 
+    command = add_command("demo", demo.run, "make pictures in a browser")
+    demo.add_arguments(command)
+
     command = add_command("info", info, "say what a model is made of")
     command.add_argument("model", metavar="MODEL", nargs="?", default=BUNDLED_NAME, help=f"default: {BUNDLED_NAME}")
     return parser
@@ -218,7 +220,7 @@ def generate(args: argparse.Namespace) -> None:
 def image_to_image(args: argparse.Namespace) -> None:
     settings = requested_settings(args)
     image = load_image(args.image)
-    digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    digest = picture_digest(image)
     if args.like is not None and "image_sha256" not in settings:
         raise ValueError(f"{args.like} was made without a picture to start from; repeat it with: localdit generate")
     if settings.get("image_sha256", digest) != digest:
@@ -252,7 +254,7 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
     device = usable_device(settings["device"])
     if args.offload != "none" and device.type == "cpu":
         raise ValueError(f"--offload {args.offload} needs an accelerator, but the device is cpu")
-    settings.setdefault("dtype", "bfloat16" if device.type == "cuda" else "float32")
+    settings.setdefault("dtype", default_dtype(device))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"{args.like} has the dtype {settings['dtype']!r}; choose one with --dtype")
     if settings["model"] != BUNDLED_NAME:
@@ -271,6 +273,10 @@ def usable_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= count:
         raise ValueError(f"the device {name} is not available here; choose --device {get_device()}")
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def make_pictures(

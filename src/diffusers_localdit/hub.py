@@ -83,7 +83,8 @@ def assemble(
     overwrite: bool = False,
 ) -> None:
     """
-    Make the folder that becomes a repository. Only safetensors files, configurations and vocabularies are taken over.
+    Make the folder that becomes a repository. Only safetensors files, configurations, vocabularies and the pictures in
+    `images` are taken over.
 
     Args:
         model (`str` or `os.PathLike`):
@@ -122,6 +123,9 @@ def assemble(
             if any((folder / name).glob(f"*{SAFETENSORS_SUFFIX}")):
                 model_class = getattr(importlib.import_module(library), class_name)
                 _convert_weights(folder / name, model_class, dtype, variants, max_shard_size)
+        for path in model.glob("images/*.png"):  # the model's examples
+            (folder / "images").mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / "images" / path.name)
         _add_template(folder, template)
         for name, source in REMOTE_CODE.items():
             shutil.copyfile(PACKAGE / source, folder / name)

@@ -1,5 +1,6 @@
 """The settings that made a picture, kept in its PNG file: one text chunk per setting, named `localdit:<setting>`."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,11 @@ SETTINGS = {
     "scheduler": str,
     "version": str,
 }
+
+
+def picture_digest(image: Image.Image) -> str:
+    """What `image_sha256` is of the picture that image-to-image started from: of its size and pixels, not its file."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def settings_chunks(settings: Mapping[str, Any]) -> PngInfo:

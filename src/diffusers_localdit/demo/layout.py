@@ -1,0 +1,109 @@
+"""The parts of the page: the form of each tab, and the panel in which pictures appear."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from .limits import MAX_LETTERS, Range
+from .look import NO_SETTINGS, status
+
+
+class Form(NamedTuple):
+    """A tab's controls, by the names that settings have in a picture's file, and its buttons."""
+
+    controls: dict[str, gr.components.Component]
+    random_seed: gr.Checkbox
+    start: gr.Image | None
+    generate: gr.Button
+    cancel: gr.Button
+
+
+class Result(NamedTuple):
+    """Where a picture appears with what it says of itself, and this visitor's earlier ones."""
+
+    status: gr.HTML
+    picture: gr.Image
+    settings: gr.HTML
+    download: gr.DownloadButton
+    earlier: gr.Gallery
+    paths: gr.State
+
+
+def unchecked(control: gr.components.Component) -> gr.components.Component:
+    """The control, handing over whatever was sent: `limits.check_settings` says what is wrong with which."""
+    control.preprocess = lambda value: value
+    return control
+
+
+def make_form(values: Mapping[str, Any], ranges: Mapping[str, Range], from_image: bool) -> Form:
+    def slider(name: str, label: str) -> gr.Slider:
+        low, high, step = ranges[name]
+        return unchecked(gr.Slider(low, high, values[name], step=step, label=label, min_width=130))
+
+    start = None
+    if from_image:
+        start = gr.Image(
+            label="Picture to start from", type="filepath", sources=["upload", "clipboard"], height=230, buttons=[]
+        )
+        start.preprocess = lambda file: None if file is None else file.path  # unread: `limits.read_upload` reads it
+    controls = {
+        "prompt": gr.Textbox(values["prompt"], label="Prompt", lines=2, max_length=MAX_LETTERS),
+        "negative_prompt": gr.Textbox(
+            values["negative_prompt"],
+            label="Negative prompt",
+            placeholder="what to steer away from",
+            max_length=MAX_LETTERS,
+        ),
+    }
+    if from_image:
+        controls["strength"] = slider("strength", "Strength")
+    with gr.Row():
+        controls |= {"width": slider("width", "Width"), "height": slider("height", "Height")}
+    with gr.Row():
+        controls |= {"steps": slider("steps", "Steps"), "guidance_scale": slider("guidance_scale", "Guidance")}
+    with gr.Row(elem_classes="seed"):
+        controls["seed"] = unchecked(gr.Number(values["seed"], label="Seed", min_width=130))
+        random_seed = gr.Checkbox(True, label="Random seed", min_width=130)
+    with gr.Row(elem_classes="buttons"):
+        generate = gr.Button("Generate", variant="primary", min_width=130)
+        cancel = gr.Button("Cancel", min_width=130)
+    return Form(controls, random_seed, start, generate, cancel)
+
+
+def make_result() -> Result:
+    return Result(
+        status=gr.HTML(status("Ready"), elem_classes="status"),
+        picture=gr.Image(
+            label="Picture",
+            type="filepath",
+            interactive=False,
+            buttons=["fullscreen"],
+            height="min(27rem, 92vw)",
+            elem_classes="picture",
+        ),
+        settings=gr.HTML(NO_SETTINGS, elem_classes="settings"),
+        download=gr.DownloadButton("Download PNG with its settings", interactive=False),
+        earlier=gr.Gallery(
+            label="Earlier pictures",
+            columns=4,
+            height="auto",
+            allow_preview=False,
+            buttons=[],
+            visible=False,
+            elem_classes=["pictures", "earlier"],
+        ),
+        paths=gr.State([]),
+    )
+
+
+def make_gallery(pictures: list[tuple[str, str]]) -> gr.Gallery:
+    return gr.Gallery(
+        pictures,
+        label="Examples: choose one to fill in the form",
+        columns=len(pictures),
+        height="auto",
+        allow_preview=False,
+        buttons=[],
+        elem_classes=["pictures", "examples"],
+    )
