@@ -1,0 +1,154 @@
+# Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
+"""Self-attention of LocalDiT through the Triton kernels, and how it is put into a transformer and taken out again."""
+
+import importlib.util
+import math
+
+import torch
+
+from ..transformer_localdit import (
+    GlobalContextQueryStage,
+    LocalDiTTransformer2DModel,
+    LocalDiTWindowAttention,
+    LocalDiTWindowAttnProcessor,
+    WindowGeometry,
+)
+
+WINDOW_SIZES = range(2, 17)
+HEAD_DIMS = range(8, 129, 4)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not_triton(transformer: LocalDiTTransformer2DModel) -> str | None:
+    r"""
+    Says why the Triton kernels cannot serve a transformer as it is now.
+
+    Args:
+        transformer ([`LocalDiTTransformer2DModel`]): The transformer, on the device and in the dtype it will run in.
+
+    Returns:
+        `str` or `None`: The reason in a sentence, or `None` if the kernels can serve.
+    """
+    config = transformer.config
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install 'diffusers-localdit[triton]'` (Linux)."
+    if config.window_size not in WINDOW_SIZES:
+        return f"The kernels take windows of 2 to 16 tokens a side, not {config.window_size}."
+    if config.attention_head_dim not in HEAD_DIMS:
+        return f"The kernels take heads of 8 to 128 channels, not {config.attention_head_dim}."
+    for processor in transformer.attn_processors.values():
+        if getattr(processor, "_parallel_config", None) is not None:
+            return "The kernels cannot share a sequence between devices: context parallelism is on."
+        if isinstance(processor, LocalDiTWindowAttnProcessor) and processor._attention_backend is not None:
+            return (
+                f"The attention backend {str(processor._attention_backend.value)!r} was asked for; call "
+                "`transformer.reset_attention_backend()` to let the kernels take its place."
+            )
+    return why_not_tensor(next(transformer.transformer_blocks.parameters()))
+
+
+def why_not_tensor(tensor: torch.Tensor) -> str | None:
+    """Why the kernels cannot run where this tensor is and in its dtype, if they cannot."""
+    if tensor.dtype not in DTYPES:
+        return f"The kernels compute in float32, float16 and bfloat16, not in {tensor.dtype}."
+    if tensor.device.type == "cuda":
+        if torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "The kernels need a GPU of compute capability 8.0 (Ampere) or later."
+    elif tensor.device.type != "cpu" or not interpreted():
+        return (
+            f"The kernels run on CUDA devices, not on {tensor.device.type!r}; on a CPU only under TRITON_INTERPRET=1."
+        )
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+class LocalDiTTritonAttnProcessor:
+    r"""
+    Shifted-window attention with an optional global-context branch, each branch in one kernel that reads queries, keys
+    and values once and writes the output once; trainable. Computes what [`LocalDiTWindowAttnProcessor`] computes.
+
+    Install it with [`install_triton_kernels`].
+    """
+
+    _parallel_config = None
+
+    def __init__(self):
+        from . import ops  # needs Triton
+
+        self.ops = ops
+
+    def __call__(
+        self, attn: LocalDiTWindowAttention, hidden_states: torch.Tensor, geometry: WindowGeometry
+    ) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)  # (B, L, C) each
+        if (reason := why_not_tensor(value)) is not None:
+            raise RuntimeError(f"{reason} `uninstall_triton_kernels` restores PyTorch's attention.")
+        window_size = (math.isqrt(attn.rel_pos_bias.shape[0]) + 1) // 2
+        context = attn.global_context
+        share = 1.0 if context is None else 0.5
+        output, query_map, key_map = self.ops.local_window_attention(
+            query,
+            key,
+            value,
+            attn.norm_q.weight,
+            attn.norm_k.weight,
+            attn.rel_pos_bias,
+            geometry.rotary_cos,
+            geometry.rotary_sin,
+            geometry.map_to_token,
+            geometry.token_to_window,
+            window_size,
+            attn.norm_q.eps,
+            share,
+            context is not None,
+        )  # (B, L, C), (B, Hp, Wp, C), (B, Hp, Wp, C)
+        if context is not None:
+            for stage in context.query_stages:
+                query_map = self._query_stage(stage, query_map)
+            output = self.ops.context_window_attention(
+                query_map,
+                context.to_k(key_map),  # keys and values are both read from the rotated keys
+                context.to_v(key_map),
+                context.rel_pos_bias,
+                output,
+                geometry.map_to_token,
+                geometry.token_to_window,
+                window_size,
+                share,
+            )  # (B, L, C)
+        return attn.to_out[0](output)
+
+    def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
+        features, mean = self.ops.depthwise_gelu(query_map, stage.depthwise.weight.to(query_map.dtype))
+        return query_map + stage.pointwise(features * stage.gate(mean)[:, None, None])
+
+
+def install_triton_kernels(transformer: LocalDiTTransformer2DModel) -> None:
+    r"""
+    Computes the self-attention of a transformer with the Triton kernels from now on.
+
+    Args:
+        transformer ([`LocalDiTTransformer2DModel`]): The transformer, on the device and in the dtype it will run in.
+
+    Raises:
+        `RuntimeError`: If the kernels cannot serve it, with the reason that [`why_not_triton`] gives.
+    """
+    if (reason := why_not_triton(transformer)) is not None:
+        raise RuntimeError(f"The Triton kernels cannot serve this transformer. {reason}")
+    transformer.set_attn_processor(LocalDiTTritonAttnProcessor())
+
+
+def uninstall_triton_kernels(transformer: LocalDiTTransformer2DModel) -> None:
+    r"""
+    Computes the self-attention of a transformer with PyTorch again.
+
+    Args:
+        transformer ([`LocalDiTTransformer2DModel`]): The transformer.
+    """
+    transformer.set_attn_processor(LocalDiTWindowAttnProcessor())
