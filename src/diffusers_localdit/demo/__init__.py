@@ -45,7 +45,10 @@ def serve(
     page = Page(painter, examples_of(model))
     address = launch(page, host, port)
     print(f"The demo of {model} is at {address} (Ctrl-C ends it)", flush=True)
-    page.app.block_thread()
+    try:
+        page.app.block_thread()
+    finally:
+        painter.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,8 +56,10 @@ class Page:
                         self.image_form = make_form(starting, self.ranges, from_image=True)
                 with gr.Column(min_width=320):
                     self.result = make_result()
-            if examples:
-                self.gallery = make_gallery([(str(path), settings["prompt"]) for path, settings, _ in examples])
+            self.paths = gr.State([])  # of this visitor's pictures
+            self.earlier = make_gallery("Earlier pictures", "earlier", [])
+            pictures = [(str(path), settings["prompt"]) for path, settings, _ in examples]
+            self.gallery = make_gallery("Examples: choose one to fill in the form", "examples", pictures)
             self.connect()
         self.app.queue(max_size=MAX_WAITING)
 
@@ -74,16 +76,15 @@ class Page:
             form.cancel.click(lambda: status("Cancelled"), None, result.status, cancels=started, **UNSEEN)
 
         of_picture = [result.picture, result.settings, result.download]
-        result.earlier.select(self.show_earlier, result.paths, of_picture, **UNSEEN)
+        self.earlier.select(self.show_earlier, self.paths, of_picture, **UNSEEN)
 
         start, sizes = self.image_form.start, [self.image_form.controls[name] for name in ("width", "height")]
         start.upload(self.fitting_sizes, start, sizes, **UNSEEN)
 
-        if self.examples:
-            filled_in = [self.tabs, start]
-            for form in forms:
-                filled_in += [form.random_seed, *form.controls.values()]
-            self.gallery.select(self.fill_in, None, filled_in, **UNSEEN)
+        filled_in = [self.tabs, start]
+        for form in forms:
+            filled_in += [form.random_seed, *form.controls.values()]
+        self.gallery.select(self.fill_in, None, filled_in, **UNSEEN)
 
     def on_generate(self, form: Form):
         def generate(**values):
@@ -93,8 +94,8 @@ class Page:
         return gr.on(
             [form.generate.click, form.controls["prompt"].submit],
             generate,
-            inputs_kwargs=start | form.controls | {"random_seed": form.random_seed, "paths": self.result.paths},
-            outputs=[form.controls["seed"], *self.result],
+            inputs_kwargs=start | form.controls | {"random_seed": form.random_seed, "paths": self.paths},
+            outputs=[form.controls["seed"], *self.result, self.earlier, self.paths],
             api_name="image_to_image" if start else "text_to_image",
             concurrency_id="painter",  # of both forms: the painter makes one picture at a time
             concurrency_limit=1,
@@ -134,8 +135,10 @@ class Page:
             form.controls["seed"]: settings["seed"],
             result.status: status("Done", 1, 1),
             **dict(zip((result.picture, result.settings, result.download), self.shown(path))),
-            result.earlier: gr.Gallery([(path, read_settings(path)["prompt"]) for path in paths], visible=True),
-            result.paths: paths,
+            self.earlier: gr.Gallery(
+                [(path, read_settings(path)["prompt"]) for path in paths], visible=len(paths) > 1
+            ),
+            self.paths: paths,
         }
 
     def save(self, image: Image.Image, settings: Mapping[str, Any]) -> str:

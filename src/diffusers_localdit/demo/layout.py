@@ -20,14 +20,12 @@ class Form(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Where a picture appears with what it says of itself, and this visitor's earlier ones."""
+    """Where a picture appears, with what it says of itself."""
 
     status: gr.HTML
     picture: gr.Image
     settings: gr.HTML
     download: gr.DownloadButton
-    earlier: gr.Gallery
-    paths: gr.State
 
 
 def unchecked(control: gr.components.Component) -> gr.components.Component:
@@ -84,26 +82,17 @@ def make_result() -> Result:
         ),
         settings=gr.HTML(NO_SETTINGS, elem_classes="settings"),
         download=gr.DownloadButton("Download PNG with its settings", interactive=False),
-        earlier=gr.Gallery(
-            label="Earlier pictures",
-            columns=4,
-            height="auto",
-            allow_preview=False,
-            buttons=[],
-            visible=False,
-            elem_classes=["pictures", "earlier"],
-        ),
-        paths=gr.State([]),
     )
 
 
-def make_gallery(pictures: list[tuple[str, str]]) -> gr.Gallery:
+def make_gallery(label: str, name: str, pictures: list[tuple[str, str]]) -> gr.Gallery:
+    """Pictures with captions, to choose from."""
     return gr.Gallery(
         pictures,
-        label="Examples: choose one to fill in the form",
-        columns=len(pictures),
+        label=label,
+        visible=bool(pictures),
         height="auto",
         allow_preview=False,
         buttons=[],
-        elem_classes=["pictures", "examples"],
+        elem_classes=["pictures", name],
     )

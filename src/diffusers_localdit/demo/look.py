@@ -24,7 +24,7 @@ CSS = """
 .gradio-container main { box-sizing: border-box; width: 100%; max-width: 1240px; margin: 0 auto; }
 .header h1 { margin: 0; font-size: 1.6rem; letter-spacing: -0.02em; }
 .header p { margin: 0.15rem 0 0; color: var(--body-text-color-subdued); }
-.seed .form, .seed { align-items: center; }
+.seed .block:has(> label > [type=checkbox]) { display: flex; align-items: center; }
 .status [role=status] { min-height: 1.5em; font-weight: 600; font-variant-numeric: tabular-nums; }
 .status progress { display: block; width: 100%; height: 6px; border: 0; border-radius: 3px; overflow: hidden;
   appearance: none; background: var(--border-color-primary); color: var(--primary-600); }

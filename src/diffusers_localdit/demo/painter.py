@@ -49,6 +49,11 @@ class Painter:
         # A single thread: the pipelines share their components and keep state, and a picture that was given up may
         # still be at its last step.
         self.thread = ThreadPoolExecutor(max_workers=1)
+        self.closed = threading.Event()
+
+    def close(self) -> None:
+        """Stops the picture that is being painted after its step, so that the process can end."""
+        self.closed.set()
 
     def paint(self, settings: Mapping[str, Any], image: Image.Image | None = None) -> Iterator[Step | Image.Image]:
         """
@@ -63,7 +68,7 @@ class Painter:
             before that stops the pipeline after the step that it is at.
 
         Raises:
-            `ValueError`: The pipeline refuses the settings.
+            `ValueError`: The pipeline refuses the settings, or the painter was closed.
         """
         pipe, inputs = (self.text_to_image, {}) if image is None else (self.image_to_image, {"image": image})
         arguments = {argument: settings[name] for name, argument in PIPELINE_ARGUMENTS.items() if name in settings}
@@ -71,7 +76,7 @@ class Painter:
         given_up = threading.Event()
 
         def on_step_end(pipe, step, timestep, tensors):
-            pipe._interrupt = given_up.is_set()
+            pipe._interrupt = given_up.is_set() or self.closed.is_set()
             steps.put(Step(step + 1, pipe.num_timesteps))
             return tensors
 
@@ -87,4 +92,7 @@ class Painter:
             given_up.set()
             if not running.cancel():
                 wait([running])
-        yield running.result().images[0]
+        picture = running.result().images[0]
+        if self.closed.is_set():
+            raise ValueError("The demo is about to end")
+        yield picture
