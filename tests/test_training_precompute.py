@@ -332,3 +332,19 @@ def test_the_recipe_of_shapes_writes_shards(tmp_path, monkeypatch):
         scene = sample_scene(np.random.default_rng([0, number]))
         assert sample.caption == scene.caption and not is_held_out(sample.caption)
         assert np.array_equal(decode(sample.picture), render(scene))
+
+
+def test_the_recipe_of_shapes_draws_a_style(tmp_path, monkeypatch):
+    """Pictures for LoRA, whose objects all have one colour, and captions that training never saw, for validation."""
+    monkeypatch.syspath_prepend(str(SHAPES_RECIPE))
+    import make_dataset
+    from scenes import BACKGROUNDS, COLOURS, is_held_out
+
+    make_dataset.main(["--output", str(tmp_path), "--pictures", "8", "--colour", "purple", "--held-out"])
+    source = open_source(str(tmp_path))
+    for number in range(8):
+        sample = source.read(number)
+        assert is_held_out(sample.caption)
+        counts = decode(sample.picture).getcolors(1 << 14)
+        most = {colour for _, colour in sorted(counts)[-2:]}
+        assert COLOURS["purple"] in most and most - {COLOURS["purple"]} <= set(BACKGROUNDS.values())

@@ -72,7 +72,8 @@ def loss_of(transformer: LocalDiTTransformer2DModel, run: Path) -> float:
 
 def accuracies(transformer: LocalDiTTransformer2DModel, pictures: int) -> list[float]:
     """Percentages of right pictures, for each kind and all."""
-    pipeline = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, transformer=transformer, dtype=torch.float32)
+    pipeline = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    pipeline.transformer = transformer
     right = {kind: [] for kind in KINDS}
     drawn = judged_pictures(pipeline, pictures, steps=20, guidance_scale=1.5, batch_size=32, seed=0)
     for kind, _, _, verdict in drawn:

@@ -5,28 +5,30 @@ Run it again to resume. A picture depends on the seed and its number only, so th
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
-from scenes import COLOURS, render, sample_scene
+from scenes import COLOURS, Scene, render, sample_scene
 from tqdm import tqdm
 
 from diffusers_localdit.training.shards import SHARD_NAME, write_shard
 
-FRAME = 8  # pixels
+
+def in_one_colour(scene: Scene, colour: str) -> Scene:
+    """The scene with all objects in this colour, whatever its caption says."""
+    objects = tuple(replace(placed, item=replace(placed.item, colour=colour)) for placed in scene.objects)
+    return replace(scene, objects=objects)
 
 
 def make_sample(
-    seed: int, number: int, held_out: bool = False, frame: str | None = None
+    seed: int, number: int, held_out: bool = False, colour: str | None = None
 ) -> tuple[str, dict[str, bytes]]:
     """Key of a picture and its members by extension."""
     scene = sample_scene(np.random.default_rng([seed, number]), held_out=held_out)
-    picture, file = render(scene), io.BytesIO()
-    if frame is not None:
-        picture = ImageOps.expand(ImageOps.crop(picture, FRAME), FRAME, COLOURS[frame])
-    picture.save(file, "PNG")
-    return f"{number:08d}", {"png": file.getvalue(), "txt": scene.caption.encode()}
+    picture = io.BytesIO()
+    render(scene if colour is None else in_one_colour(scene, colour)).save(picture, "PNG")
+    return f"{number:08d}", {"png": picture.getvalue(), "txt": scene.caption.encode()}
 
 
 def main(argv: list[str] | None = None):
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--pictures", type=int, default=60000)
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true", help="of the captions that training never sees")
-    parser.add_argument("--frame", choices=COLOURS, help="put a frame of this colour around all: a style for LoRA")
+    parser.add_argument("--colour", choices=COLOURS, help="of all objects, whatever captions say: a style for LoRA")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None):
         path = args.output / SHARD_NAME.format(shard)
         if not path.exists():
             numbers = range(start, min(start + args.samples_per_shard, args.pictures))
-            write_shard(path, (make_sample(args.seed, number, args.held_out, args.frame) for number in numbers))
+            write_shard(path, (make_sample(args.seed, number, args.held_out, args.colour) for number in numbers))
 
 
 if __name__ == "__main__":
