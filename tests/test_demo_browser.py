@@ -146,7 +146,7 @@ def test_cancel(page):
     panel(page).get_by_role("button", name="Generate").click()
     expect_status(page, re.compile(r"Step \d+ of 50"))
     panel(page).get_by_role("button", name="Cancel").click()
-    expect_status(page, "Cancelled")
+    expect_status(page, "No picture was made")
     expect(page.locator("dl")).to_have_count(0)  # no picture came
 
     make_quick(page, seed=3)
@@ -177,13 +177,13 @@ def test_image_to_image(page, tmp_path):
 
 
 def test_an_example_fills_in_the_form(page):
-    examples = page.locator(".examples").get_by_role("button")
-    for number in range(examples.count()):
-        examples.nth(number).click()
-        if page.get_by_role("tab", name="Image to image").get_attribute("aria-selected") == "true":
-            break
-    expect(panel(page).get_by_label("Prompt", exact=True)).to_have_value(re.compile("above a large green circle"))
-    expect(panel(page).get_by_label("Random seed")).not_to_be_checked()
+    prompts = ("three green triangles on a black background", "a red circle above a large green circle on a white ")
+    for prompt, tab in zip(prompts, ("Text to image", "Image to image")):
+        page.locator(".examples").get_by_alt_text(prompt).click()
+        expect(panel(page).get_by_label("Prompt", exact=True)).to_have_value(re.compile(prompt))
+        expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+        expect(panel(page).get_by_label("Random seed")).not_to_be_checked()
+    expect(panel(page).locator("img")).to_be_visible()
     set_number(page, "Steps", 4)
     generate(page)
     expect(setting(page, "Image")).to_have_text("sketch-of-two-circles.png")

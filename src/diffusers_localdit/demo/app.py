@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from gradio.processing_utils import save_bytes_to_cache
+from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
 from PIL import Image
 
 from ..model_info import BUNDLED_NAME
@@ -72,8 +72,10 @@ class Page:
         """Says what follows from what a visitor does."""
         result, forms = self.result, (self.text_form, self.image_form)
         started = [self.on_generate(form) for form in forms]
-        for form in forms:
-            form.cancel.click(lambda: status("Cancelled"), None, result.status, cancels=started, **UNSEEN)
+        for form, picture in zip(forms, started):
+            form.cancel.click(None, cancels=started)
+            # After an error, and once the step at which a visitor cancels has come to its end.
+            picture.failure(lambda: status("No picture was made"), None, result.status, **UNSEEN)
 
         of_picture = [result.picture, result.settings, result.download]
         self.earlier.select(self.show_earlier, self.paths, of_picture, **UNSEEN)
@@ -122,7 +124,6 @@ class Page:
                     if isinstance(made, Step):
                         yield {result.status: status(f"Step {made.done} of {made.total}", *made)}
         except (ValueError, torch.OutOfMemoryError) as error:
-            yield {result.status: status("No picture was made")}
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             message = "Out of memory: choose a smaller size" if out_of_memory else str(error)
             raise gr.Error(html.escape(message), print_exception=False) from error
@@ -173,7 +174,8 @@ class Page:
         _, settings, start = self.examples[event.index]
         form, tab = (self.text_form, "text") if start is None else (self.image_form, "image")
         controls = {control: settings[name] for name, control in form.controls.items() if name in settings}
-        first = {} if start is None else {form.start: str(start)}
+        # Only files of the cache are served; the model's folder is none of its business.
+        first = {} if start is None else {form.start: save_file_to_cache(start, form.start.GRADIO_CACHE)}
         return {self.tabs: gr.Tabs(selected=tab), form.random_seed: False} | first | controls
 
 
