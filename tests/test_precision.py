@@ -14,7 +14,7 @@ from diffusers_localdit.precision import (
     TOKEN_LIMIT,
     WEIGHT_LIMIT,
     Int8Linear,
-    default_dtype,
+    fast_dtype,
     quantize_int8,
     why_not_int8,
 )
@@ -175,4 +175,4 @@ class TestQuantizedModel:
 )
 def test_dtype_that_a_device_is_good_at(device, instructions, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert default_dtype(torch.device(device)) == expected
+    assert fast_dtype(torch.device(device)) == expected

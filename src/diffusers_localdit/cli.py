@@ -23,6 +23,8 @@ from .model_info import BUNDLED_NAME, describe, locate
 from .pipeline_localdit import LocalDiTPipeline
 from .pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
 from .png_settings import picture_digest, read_settings, settings_chunks
+from .precision import fast_dtype, quantize_int8, why_not_int8
+from .streaming import stream_text_encoder
 from .transformer_localdit import LocalDiTTransformer2DModel
 
 # The pipelines' names of the settings that go to them; what is not given is left to their defaults.
@@ -34,6 +36,7 @@ PIPELINE_ARGUMENTS = {
     "guidance_scale": "guidance_scale",
     "strength": "strength",
 }
+PICTURE_DTYPES = (*DTYPES.values(), "int8")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -168,14 +171,23 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
     )
     command.add_argument("--model", metavar="DIR_OR_REPO", help=f"folder or repository id (default: {BUNDLED_NAME})")
     command.add_argument(
-        "--dtype", choices=list(DTYPES.values()), help="default: bfloat16 on a CUDA device, float32 elsewhere"
+        "--dtype",
+        choices=PICTURE_DTYPES,
+        help="int8 is for CPUs (default: bfloat16 where the device has instructions for it, float32 elsewhere)",
     )
     command.add_argument("--device", help="default: the accelerator if there is one, else cpu")
     command.add_argument(
         "--offload",
-        choices=["none", "model", "sequential"],
+        choices=["none", "model", "sequential", "disk"],
         default="none",
-        help="keep on the accelerator only the model (least cost), or layer (least memory), that is running",
+        help="keep on the accelerator only the model (least cost), or layer (least memory), that is running; or, on a "
+        "CPU, read the text encoder from disk layer by layer",
+    )
+    command.add_argument(
+        "--vae-tile",
+        type=positive,
+        metavar="PIXELS",
+        help="decode large pictures in tiles of this side, blended where they overlap: takes less memory",
     )
 
 
@@ -247,16 +259,20 @@ def info(args: argparse.Namespace) -> None:
 def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Settings by name: what the command line says, else what the picture to repeat says, else our defaults."""
     recorded = read_settings(args.like) if args.like is not None else {}
-    names = (*PIPELINE_ARGUMENTS, "seed", "model", "dtype", "device")
+    names = (*PIPELINE_ARGUMENTS, "seed", "model", "dtype", "device", "vae_tile")
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     settings = {"model": BUNDLED_NAME, "device": get_device(), "seed": random.randrange(2**32)} | recorded | given
 
     device = usable_device(settings["device"])
-    if args.offload != "none" and device.type == "cpu":
+    if args.offload in ("model", "sequential") and device.type == "cpu":
         raise ValueError(f"--offload {args.offload} needs an accelerator, but the device is cpu")
+    if args.offload == "disk" and device.type != "cpu":
+        raise ValueError(f"--offload disk is for CPUs, but the device is {device}; choose model or sequential")
     settings.setdefault("dtype", default_dtype(device))
-    if settings["dtype"] not in DTYPES.values():
+    if settings["dtype"] not in PICTURE_DTYPES:
         raise ValueError(f"{args.like} has the dtype {settings['dtype']!r}; choose one with --dtype")
+    if settings["dtype"] == "int8" and (reason := why_not_int8(device)):
+        raise ValueError(reason)
     if settings["model"] != BUNDLED_NAME:
         settings["model"] = str(locate(settings["model"]))
     if args.prompts is None and "prompt" not in settings:
@@ -276,7 +292,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> str:
-    return "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[fast_dtype(device)]
 
 
 def make_pictures(
@@ -316,19 +332,31 @@ def load_pipeline(
     source = locate(model)
     if isinstance(source, Path) and not (source / "model_index.json").exists():
         raise ValueError(f"{model} holds no pipeline (`localdit convert --pipeline-from` makes one of a checkpoint)")
+    int8 = settings["dtype"] == "int8"
+    options = {"dtype": torch.float32 if int8 else getattr(torch, settings["dtype"]), "use_safetensors": True}
+    components = {}
     try:
-        pipe = pipeline_class.from_pretrained(source, dtype=getattr(torch, settings["dtype"]), use_safetensors=True)
+        if offload == "disk":
+            components["text_encoder"] = stream_text_encoder(source, options["dtype"])
+        pipe = pipeline_class.from_pretrained(source, **options, **components)
     except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
         where = "" if isinstance(source, Path) else "there is no such folder, nor such a repository: "
         raise ValueError(f"cannot load the model {model}: {where}{one_line(error)}") from error
     if not isinstance(pipe.transformer, LocalDiTTransformer2DModel):
         raise ValueError(f"{model} is no LocalDiT: its transformer is a {type(pipe.transformer).__name__}")
 
+    if int8:
+        quantize_int8(pipe.transformer)
+    if tile := settings.get("vae_tile"):
+        if tile % (4 * pipe.vae_scale_factor) != 0:  # a quarter of a tile overlaps the next one
+            raise ValueError(f"--vae-tile {tile} is not a multiple of {4 * pipe.vae_scale_factor}")
+        pipe.vae.enable_tiling()
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = tile, tile // pipe.vae_scale_factor
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-    else:
+    elif offload == "none":
         pipe.to(device)
     return pipe
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "model": str,
     "dtype": str,
     "device": str,
+    "vae_tile": int,
     "scheduler": str,
     "version": str,
 }

@@ -19,7 +19,7 @@ TOKEN_LIMIT = 127
 TINY = torch.finfo(torch.float32).tiny
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: torch.device) -> torch.dtype:
     """
     The dtype that a device computes fast in.
 
