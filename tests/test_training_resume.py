@@ -86,6 +86,20 @@ def test_sigterm_saves_and_exits_without_error(data, reference, tmp_path):
     assert_same_run(output, reference, STEPS)
 
 
+def test_sigterm_to_all_processes_saves(data, reference, tmp_path):
+    """As schedulers send it, to those that read data too."""
+    output = tmp_path / "run"
+    process = Training(data, output, **(SETTINGS | {"checkpoint_every": 1000, "num_workers": 2}))
+    assert wait_for(lambda: count_rows(output) >= 4, process)
+    readers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(readers) == 2
+    for pid in (*map(int, readers), process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert "stopped after step" in process.finish(code=0)
+    Training(data, output, **(SETTINGS | {"checkpoint_every": 1000})).finish()
+    assert_same_run(output, reference, STEPS)
+
+
 def test_finished_run_is_left_alone(data, reference):
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     assert f"all {STEPS} steps are done" in Training(data, reference, **SETTINGS).finish()

@@ -1,6 +1,7 @@
 """Samples with everything that is random about them, and the endless, resumable stream of their batches."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -273,6 +274,11 @@ class _EndlessBatches(Sampler[list[tuple[int, int]]]):
             epoch, batch = epoch + 1, 0
 
 
+def _outlast_sigterm(worker: int) -> None:
+    """Schedulers send SIGTERM to all processes of a run, which then still has a step to finish and to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def training_loader(
     dataset: TrainingDataset,
     process_index: int = 0,
@@ -302,6 +308,7 @@ def training_loader(
         batch_sampler=_EndlessBatches(dataset, process_index, num_processes, first_batch),
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=_outlast_sigterm,
         pin_memory=torch.cuda.is_available(),
         # Otherwise the loader would draw the seed of its workers from the random numbers of the run.
         generator=torch.Generator(),
