@@ -68,6 +68,17 @@ def test_streamed_text_encoder_takes_a_fraction_of_its_size(tmp_path):
     assert streamed < size / 4 < 0.9 * size < loaded
 
 
+def test_streamed_text_encoder_in_half_precision(tmp_path):
+    make_text_encoder(tmp_path, layers=1)
+    dtype = torch.bfloat16
+    loaded = T5EncoderModel.from_pretrained(tmp_path, subfolder="text_encoder", dtype=dtype)
+    with torch.no_grad():
+        embeddings = [encoder(torch.arange(9)[None])[0] for encoder in (stream_text_encoder(tmp_path, dtype), loaded)]
+    assert embeddings[0].dtype == dtype and torch.equal(*embeddings)
+    with pytest.raises(ValueError, match="T5 overflows in float16"):
+        stream_text_encoder(tmp_path, torch.float16)
+
+
 def test_streamed_text_encoder_names_a_missing_weight(tmp_path):
     make_text_encoder(tmp_path, layers=1)
     config = tmp_path / "text_encoder" / "config.json"

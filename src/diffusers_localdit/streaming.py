@@ -24,14 +24,18 @@ def stream_text_encoder(model: str | Path, dtype: torch.dtype = torch.float32) -
 
     Args:
         model (`str` or `Path`): The pipeline's folder, or a repository id.
-        dtype (`torch.dtype`, defaults to `torch.float32`): What to compute in, whatever the files hold.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            What to compute in, whatever the files hold; not float16, which T5 overflows.
 
     Returns:
         [`~transformers.T5EncoderModel`]: To be passed to the pipeline as `text_encoder`.
 
     Raises:
-        `OSError`: The encoder's files are not there.
+        `ValueError`: If `dtype` is float16.
+        `OSError`: If the encoder's files are not there, or lack a weight.
     """
+    if dtype == torch.float16:
+        raise ValueError("T5 overflows in float16: stream the text encoder in bfloat16 or float32")
     if not Path(model).is_dir():
         patterns = [f"{SUBFOLDER}/{name}" for name in ("*.json", "*.safetensors")]
         model = snapshot_download(str(model), allow_patterns=patterns)
