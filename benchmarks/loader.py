@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count this process' CPU time: on a busy machine, without workers or GPU",
+        help="count this process' CPU time: for busy machines without GPU",
     )
     args = parser.parse_args()
 
