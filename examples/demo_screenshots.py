@@ -17,6 +17,7 @@ SIZES = {1280: 900, 390: 844}  # heights by widths
 def take(browser: Browser, address: str, width: int) -> Image.Image:
     """The whole page after a picture was made on it."""
     page = browser.new_page(viewport={"width": width, "height": SIZES[width]}, color_scheme="light")
+    page.set_default_timeout(300_000)  # on a slow machine
     page.goto(address)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Random seed").uncheck()
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
             for width in SIZES:
                 path = args.output / f"demo_{width}.png"
-                # Few colours are enough, and make small files.
-                take(browser, address, width).convert("RGB").quantize(128).save(path, optimize=True)
+                take(browser, address, width).convert("RGB").save(path, optimize=True)
                 print(path)
             browser.close()
     finally:

@@ -85,7 +85,7 @@ class TestLimits:
         try:
             checked = sizes.check("Width", value)
         except ValueError as error:
-            assert str(error) == f"Width must be a whole number from 16 to 256 in steps of 16 but is {value}"
+            assert str(error) == f"Width must be a whole number from 16 to 256 in steps of 16 but is {value!s:.40}"
             assert type(value) not in (int, float) or value not in range(16, 257, 16)
         else:
             assert checked == value and checked in range(16, 257, 16) and type(checked) is int
@@ -242,13 +242,16 @@ class TestPage:
         form = form or page.text_form
         return list(page.generate(form, **({"random_seed": False, "paths": []} | SETTINGS | change)))
 
-    def test_form_starts_with_what_suits_the_model(self, page, tmp_path):
+    def test_form_starts_with_what_suits_the_model(self, page, tmp_path, monkeypatch):
         values = {name: control.value for name, control in page.text_form.controls.items()}
         assert (values["guidance_scale"], values["negative_prompt"]) == (1.5, "")
         assert (values["width"], values["height"], values["steps"]) == (128, 128, 20)
 
         LocalDiTPipeline(**make_components(tmp_path)).save_pretrained(tmp_path / "tiny")
-        other = Page(Painter(str(tmp_path / "tiny"), "float32", "cpu"), [])
+        monkeypatch.chdir(tmp_path)
+        other = Page(Painter("tiny", "float32", "cpu"), [])
+        assert other.painter.made_by["model"] == str(tmp_path / "tiny")
+        assert "tiny, " in other.header() and str(tmp_path) not in other.header()
         values = {name: control.value for name, control in other.image_form.controls.items()}
         assert (values["guidance_scale"], values["width"], values["strength"]) == (7.0, 128, 0.8)
 

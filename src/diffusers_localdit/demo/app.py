@@ -65,7 +65,8 @@ class Page:
 
     def header(self) -> str:
         model, transformer = self.painter.made_by["model"], self.painter.text_to_image.transformer
-        facts = f"{model}, {transformer.num_parameters() / 1e6:,.1f} M parameters, on {self.painter.made_by['device']}"
+        name = Path(model).name if Path(model).is_absolute() else model  # visitors need not know where it lies
+        facts = f"{name}, {transformer.num_parameters() / 1e6:,.1f} M parameters, on {self.painter.made_by['device']}"
         return header("LocalDiT", facts, BUNDLED_NOTE if model == BUNDLED_NAME else "")
 
     def connect(self) -> None:

@@ -31,7 +31,7 @@ class Range(NamedTuple):
         if not fits or (whole and (value - self.low) % self.step != 0):
             steps = f" in steps of {self.step}" if whole and self.step > 1 else ""
             kind = "a whole number" if whole else "a number"
-            raise ValueError(f"{label} must be {kind} from {self.low:,} to {self.high:,}{steps} but is {value}")
+            raise ValueError(f"{label} must be {kind} from {self.low:,} to {self.high:,}{steps} but is {value!s:.40}")
         return int(value) if whole else float(value)
 
     def nearest(self, value: float) -> int | float:
@@ -73,7 +73,7 @@ def check_settings(settings: Mapping[str, Any], ranges: Mapping[str, Range]) -> 
         if name in ranges:
             checked[name] = ranges[name].check(label, value)
         elif not isinstance(value, str):
-            raise ValueError(f"{label} must be a text but is {value!r}")
+            raise ValueError(f"{label} must be a text but is {value!r:.40}")
         elif len(value) > MAX_LETTERS:
             raise ValueError(f"{label} has {len(value):,} letters; at most {MAX_LETTERS:,} are taken")
         else:

@@ -32,7 +32,7 @@ CSS = """
 .status progress::-webkit-progress-value { background: var(--primary-600); transition: width 0.2s; }
 .status progress::-moz-progress-bar { background: var(--primary-600); }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-.settings dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
+.settings dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr));
   gap: 0.4rem 1rem; margin: 0; }
 .settings dl > div.long { grid-column: 1 / -1; }
 .settings dt { font-size: 0.75rem; color: var(--body-text-color-subdued); }

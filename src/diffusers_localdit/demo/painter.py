@@ -11,6 +11,7 @@ from PIL import Image
 
 from .. import __version__
 from ..cli import PIPELINE_ARGUMENTS, default_settings, load_pipeline
+from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from ..pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
 
@@ -36,7 +37,8 @@ class Painter:
     """
 
     def __init__(self, model: str, dtype: str, device: str):
-        loaded_as = {"model": model, "dtype": dtype, "device": device}
+        source = BUNDLED_NAME if model == BUNDLED_NAME else str(locate(model))
+        loaded_as = {"model": source, "dtype": dtype, "device": device}
         self.text_to_image = load_pipeline(LocalDiTPipeline, loaded_as, offload="none")
         self.image_to_image = LocalDiTImg2ImgPipeline.from_pipe(self.text_to_image)
         for pipe in (self.text_to_image, self.image_to_image):
