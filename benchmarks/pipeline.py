@@ -123,7 +123,7 @@ def cache_settings(pipe: DiffusionPipeline, steps: int, draw: Callable[[], Any])
     pipe.transformer.disable_cache()
     ratios = ast.literal_eval(re.search(r"^\[.*\]$", printed.getvalue().split("=...):")[1], re.MULTILINE)[0])
     return {
-        "FirstBlockCache": {f"threshold {x}": FirstBlockCacheConfig(threshold=x) for x in (0.02, 0.05, 0.1, 0.2)},
+        "FirstBlockCache": {f"threshold {x}": FirstBlockCacheConfig(threshold=x) for x in (0.1, 0.12, 0.15, 0.2)},
         "MagCache": {
             f"threshold {x}": MagCacheConfig(threshold=x, num_inference_steps=steps, mag_ratios=ratios)
             for x in (0.01, 0.03, 0.06, 0.12)
