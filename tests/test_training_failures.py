@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 from training_inputs import Training, arguments, own_process_as_before, rows, weights, write_shard  # noqa: F401
 
@@ -40,8 +41,6 @@ class TestBeforeTheFirstStep:
         assert "does not exist" in refusal(capsys, *arguments(tmp_path / "none", tmp_path / "run"))
 
     def test_pictures_need_a_pipeline(self, tmp_path, capsys):
-        from PIL import Image
-
         for index in range(4):
             Image.new("RGB", (32, 32)).save(tmp_path / f"{index}.png")
             (tmp_path / f"{index}.txt").write_text("black")
@@ -61,6 +60,14 @@ class TestBeforeTheFirstStep:
 
     def test_latents_of_another_size(self, data, tmp_path, capsys):
         assert "32 x 32" in refusal(capsys, *arguments(data, tmp_path / "run", image_size=64))
+
+    def test_validation_data_of_another_kind(self, data, tmp_path, capsys):
+        picture = tmp_path / "pictures" / "a.png"
+        picture.parent.mkdir()
+        Image.new("RGB", (32, 32)).save(picture)
+        picture.with_suffix(".txt").write_text("a caption")
+        words = arguments(data, tmp_path / "run", validation_root=picture.parent)
+        assert "must both be precomputed, or both hold pictures" in refusal(capsys, *words)
 
     def test_half_precision_without_accelerator(self, data, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

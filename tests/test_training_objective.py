@@ -18,6 +18,8 @@ from diffusers_localdit.training.objective import (
     p2_weight,
     training_scheduler,
 )
+from diffusers_localdit.training.settings import TrainingSettings
+from diffusers_localdit.training.train import build_schedule
 
 
 def tiny_transformer() -> LocalDiTTransformer2DModel:
@@ -182,6 +184,24 @@ def test_offset_noise_has_the_distribution_of_an_added_offset():
         shifted - shifted.mean(dim=(2, 3), keepdim=True), noise - noise.mean(dim=(2, 3), keepdim=True)
     )
     assert offset_noise(noise, 0.0) is noise
+
+
+def test_plateau_and_decay():
+    """Warm-up, plateau, linear decay to zero at the last step; more steps make a longer plateau."""
+
+    def rates(steps: int) -> list[float]:
+        recipe = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 4, "learning_rate": 1.0}
+        settings = TrainingSettings(steps=steps, **recipe)
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
+        schedule, found = build_schedule(settings, optimizer), []
+        for _ in range(steps + 1):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    assert rates(8) == [0, 0.5, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates(11) == [0, 0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
 
 
 def test_initial_weights():
