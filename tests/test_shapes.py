@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: captions, pictures, the judge, the tokenizer and the latents' bookkeeping."""
+"""The recipe of the bundled model: captions, pictures, the judge, the tokenizer, putting the parts together."""
 
 import sys
 from dataclasses import replace
@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 from transformers import T5Tokenizer
 
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
+from diffusers_localdit.training.encode import load_parts
+
 RECIPE = Path(__file__).parents[1] / "examples" / "shapes"
 sys.path.insert(0, str(RECIPE))
 
+import assemble  # noqa: E402
 import evaluate  # noqa: E402
 import scenes  # noqa: E402
 from judge import find_objects, judge, label_regions  # noqa: E402
-from make_latents import LatentDataset  # noqa: E402
 from train_text_encoder import HEADS, answers, labelled_batch, object_of_token, train_tokenizer  # noqa: E402
 
 kinds = st.sampled_from(tuple(scenes.KINDS))
@@ -265,22 +268,37 @@ def test_padding_is_not_learnt_from(tokenizer):
     assert (labels[0, 0] == 0).all()  # the empty prompt: nothing applies
 
 
-# Training data and evaluation
+# Assembling and evaluation
 
 
-def test_dropped_captions_are_the_empty_prompt():
-    index = np.arange(1, 6)
-    data = LatentDataset(
-        latents=np.arange(5, dtype=np.float16).reshape(5, 1, 1, 1),
-        caption_index=index,
-        embeddings=np.arange(6, dtype=np.float16).reshape(6, 1, 1),
-        masks=np.ones((6, 1), dtype=bool),
-    )
-    latents, embeddings, _ = data.batch(2000, 0.25, torch.Generator().manual_seed(0))
-    latents, embeddings = latents.flatten(), embeddings.flatten()
-    dropped = embeddings == 0
-    assert 0.2 < dropped.float().mean() < 0.3
-    assert (embeddings == latents + 1)[~dropped].all()
+def test_assembled_pipelines(tmp_path, monkeypatch):
+    """Without transformer first, as `localdit precompute` needs it, then with what a run trained: its average."""
+    parts = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, transformer=None, dtype=torch.float32)
+    parts.save_pretrained(tmp_path / "parts")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    torch.manual_seed(0)
+    tiny = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "caption_channels": 96}
+    for variant in (None, "ema"):
+        trained = LocalDiTTransformer2DModel(**tiny, sample_size=16)
+        trained.save_pretrained(checkpoint / "transformer", variant=variant)
+    (checkpoint / "checkpoint.json").write_text("{}")
+
+    def assemble_to(output, *arguments):
+        words = ["assemble.py", "--folder", tmp_path / "parts", "--output", output, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        assemble.main()
+        return load_parts(str(output), "tokenizer", "text_encoder", "vae", "scheduler")
+
+    encoders = assemble_to(tmp_path / "encoders")
+    for name in ("text_encoder", "vae"):
+        ours, theirs = getattr(encoders, name).state_dict(), getattr(parts, name).state_dict()
+        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key].half().float()) for key in theirs)
+    assemble_to(tmp_path / "whole", "--transformer", tmp_path / "run")
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path / "whole", dtype=torch.float32).transformer
+    assert loaded.proj_out.weight.equal(trained.proj_out.weight.half().float())
+    monkeypatch.setattr(assemble, "BUNDLED_MODEL", tmp_path / "package")
+    with pytest.raises(SystemExit):  # rather than a model without transformer in the package
+        assemble_to(tmp_path / "package")
 
 
 class Painter:

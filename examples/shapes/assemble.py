@@ -1,4 +1,7 @@
-"""Puts the trained parts together as a diffusers pipeline folder in float16: what the package ships."""
+"""Puts the trained parts together as a diffusers pipeline folder in float16: what the package ships.
+
+Before there is a transformer the pipeline is made without one: for `localdit precompute`.
+"""
 
 import argparse
 import shutil
@@ -8,20 +11,26 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from transformers import T5EncoderModel, T5Tokenizer
 
-from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline
+from diffusers_localdit.training.models import read_transformer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/shapes"), help="where the training scripts wrote")
     parser.add_argument("--output", type=Path, default=BUNDLED_MODEL, help="replaced if it exists")
+    parser.add_argument("--transformer", type=Path, help="a run of `localdit train`, or weights; else those in FOLDER")
     args = parser.parse_args()
 
+    transformer = args.transformer or args.folder / "transformer"
+    complete = args.transformer is not None or transformer.exists()
+    if not complete and args.output == BUNDLED_MODEL:
+        parser.error(f"there is no {transformer}; give --output for a pipeline without one")
     pipeline = LocalDiTPipeline(
         tokenizer=T5Tokenizer.from_pretrained(args.folder / "tokenizer"),
         text_encoder=T5EncoderModel.from_pretrained(args.folder / "text_encoder"),
         vae=AutoencoderKL.from_pretrained(args.folder / "vae"),
-        transformer=LocalDiTTransformer2DModel.from_pretrained(args.folder / "transformer"),
+        transformer=read_transformer(str(transformer)) if complete else None,
         # The released LocalDiT's sampler.
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     )
