@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
 """
-The kernels as PyTorch operators `torch.ops.diffusers_localdit.*`, with shapes for tracing and gradients. Importing this
-needs Triton.
+The kernels as PyTorch operators `torch.ops.diffusers_localdit.*`, with shapes for tracing and gradients. Importing
+this needs Triton.
 
 Shape legend: B batch, L tokens of the image, Hp x Wp its map, padded and rolled, w window size, C = heads * head_dim.
 """
@@ -35,8 +35,8 @@ def local_window_attention(
     with_maps: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""
-    Local branch of LocalDiT's self-attention: RMS norm of queries and keys, rotary embedding, shifted windows, position
-    bias, region mask, attention, and back to image order.
+    Local branch of LocalDiT's self-attention: RMS norm of queries and keys, rotary embedding, shifted windows,
+    position bias, region mask, attention, and back to image order.
 
     Args:
         query, key, value (`torch.Tensor` of shape `(B, L, C)`): Projected tokens; may be parts of one packed tensor.

@@ -56,9 +56,19 @@ def why_not_tensor(tensor: torch.Tensor) -> str | None:
             return "The kernels need a GPU of compute capability 8.0 (Ampere) or later."
     elif tensor.device.type != "cpu" or not interpreted():
         return (
-            f"The kernels run on CUDA devices, not on {tensor.device.type!r}; on a CPU only under TRITON_INTERPRET=1."
+            f"The kernels run on CUDA devices, not on {tensor.device.type!r} (a CPU serves under TRITON_INTERPRET=1)."
         )
     return None
+
+
+def why_not_call(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> str | None:
+    """Why the kernels cannot serve an attention module for these tokens, if they cannot."""
+    if attn.norm_q.weight.device != tokens.device:
+        return (
+            f"The kernels read weights without calling the modules that hold them, but some are on"
+            f" {attn.norm_q.weight.device.type!r}: offload whole models or blocks, not single layers."
+        )
+    return why_not_tensor(tokens)
 
 
 def interpreted() -> bool:
@@ -87,7 +97,7 @@ class LocalDiTTritonAttnProcessor:
         self, attn: LocalDiTWindowAttention, hidden_states: torch.Tensor, geometry: WindowGeometry
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states)  # (B, L, C) each
-        if (reason := why_not_tensor(value)) is not None:
+        if not torch.compiler.is_compiling() and (reason := why_not_call(attn, value)) is not None:
             raise RuntimeError(f"{reason} `uninstall_triton_kernels` restores PyTorch's attention.")
         window_size = (math.isqrt(attn.rel_pos_bias.shape[0]) + 1) // 2
         context = attn.global_context

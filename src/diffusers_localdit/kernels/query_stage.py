@@ -3,8 +3,8 @@
 Triton kernels for the query stages of the context branch: depthwise 3x3 convolution, exact GELU and the mean over the
 map in one pass over a channels-last map `(B, height, width, C)`, and the backward of it in two.
 
-A program serves a square of SIDE x SIDE places and a block of channels; the neighbours that squares share come from the
-cache.
+A program serves a square of SIDE x SIDE places and a block of channels; the neighbours that squares share come from
+the cache.
 """
 
 import torch

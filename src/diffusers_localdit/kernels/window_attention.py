@@ -7,8 +7,8 @@ normalises and turns queries and keys in registers, attends, and writes to the t
 the same in PyTorch and is what these kernels are tested against.
 
 Shape legend: B batch, L tokens of the image, M = Hp * Wp places of the padded, rolled map, w window size, n windows,
-C = HEADS * HEAD_DIM. A tile holds ROWS members of a window, of which a window of up to 64 tokens has one and a larger
-one TILES. Its channels are cut into blocks of powers of two (72 into 64 + 16, of which 8 lie idle), because padding 72
+C = HEADS * HEAD_DIM. A tile holds ROWS members of a window, at most 64 (32 in float32); a window has TILES of them.
+The channels of a tile are cut into blocks of powers of two (72 into 64 + 16, of which 8 lie idle), because padding 72
 to 128 would cost half the arithmetic: a tile is a tuple of one or two blocks.
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASK_VALUE = tl.constexpr(-10000.0)
 
-MAX_ROWS = 64
+MAX_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}  # what fits into 99 KiB of shared memory
 # Programs per head of a backward pass. Each sums its windows' share of the parameters' gradients in registers, in a
 # fixed order, and writes it once: the result does not depend on the machine.
 BACKWARD_PROGRAMS = 64
@@ -102,7 +102,7 @@ def _scale(tile, factor):
 def _add(a, b):
     total = (a[0] + b[0],)
     for i in tl.static_range(1, len(a)):
-        total = total + (a[i] + b[i],)
+        total += (a[i] + b[i],)
     return total
 
 
@@ -110,7 +110,7 @@ def _add(a, b):
 def _multiply(a, b):
     product = (a[0] * b[0],)
     for i in tl.static_range(1, len(a)):
-        product = product + (a[i] * b[i],)
+        product += (a[i] * b[i],)
     return product
 
 
@@ -188,7 +188,7 @@ def _rotate(x, rotary, token, inside, sense, pairs, HEAD_DIM: tl.constexpr):
     sin = _load(sin_ptr, token, inside, HEAD_DIM // 2, pairs, HEAD_DIM // 2)
     turned = (_rotate_block(x[0], cos[0], sin[0] * sense),)
     for i in tl.static_range(1, len(x)):
-        turned = turned + (_rotate_block(x[i], cos[i], sin[i] * sense),)
+        turned += (_rotate_block(x[i], cos[i], sin[i] * sense),)
     return turned
 
 
@@ -329,7 +329,7 @@ def _statistics(
     rotary = (cos_ptr, sin_ptr)
     channels, pairs = _channels(MAIN, REST), _channels(MAIN // 2, REST // 2)
 
-    q_at, place, token, inside, row, present = _locate(window, tile, geometry, PREPARE, W, ROWS)
+    q_at, _, token, inside, row, present = _locate(window, tile, geometry, PREPARE, W, ROWS)
     query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
     query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
     grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
@@ -338,7 +338,7 @@ def _statistics(
     row_sum = tl.zeros((ROWS,), tl.float32)
     average = tl.zeros((ROWS,), tl.float32)
     for key_tile in range(TILES):
-        k_at, place, token, inside, row, present = _locate(window, key_tile, geometry, PREPARE, W, ROWS)
+        k_at, _, token, inside, row, present = _locate(window, key_tile, geometry, PREPARE, W, ROWS)
         key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
@@ -402,12 +402,12 @@ def _backward(
         in_map = batch * map_height * map_width * WIDTH + head * HEAD_DIM
 
         at, place, token, inside, row, present = _locate(window, tile, geometry, PREPARE, W, ROWS)
-        raw_query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-        raw_key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
+        query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
+        key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
-        query = _prepare(raw_query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
-        key = _prepare(raw_key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
 
         if TILES == 1:
             scores = _scores(query, key, at, at, table_ptr + head, HEADS, HEAD_DIM, W, DOT)
@@ -424,7 +424,7 @@ def _backward(
             averages = _long(batch_size) * windows * (HEADS * TILES * ROWS)
             grad_query, grad_key, grad_value = _zeros(channels, ROWS), _zeros(channels, ROWS), _zeros(channels, ROWS)
             for other in range(TILES):
-                o_at, o_place, o_token, o_inside, o_row, o_present = _locate(window, other, geometry, PREPARE, W, ROWS)
+                o_at, _, o_token, o_inside, o_row, o_present = _locate(window, other, geometry, PREPARE, W, ROWS)
                 o_query = _load(query_ptr + in_input, o_row, o_present, token_stride, channels, HEAD_DIM)
                 o_query = _prepare(
                     o_query, norm_q_ptr, rotary, o_token, o_inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM
@@ -447,27 +447,31 @@ def _backward(
                 grad_key = _add(grad_key, _mix(tl.trans(grad_scores), o_query, DOT))
                 grad_value = _add(grad_value, _mix(tl.trans(weights), o_grad, DOT))
 
+        # One gradient after the other, from inputs that are loaded again (out of the cache): registers are scarce.
+        in_grad = in_output if PREPARE else in_map
+        _store(grad_value_ptr + in_grad, row, present, WIDTH, _scale(grad_value, output_scale), channels, HEAD_DIM)
         grad_query = _scale(grad_query, output_scale * SCALE)
-        grad_key = _scale(grad_key, output_scale * SCALE)
-        grad_value = _scale(grad_value, output_scale)
         if MAPS:
-            q_map = _load(grad_query_map_ptr + in_map, place, at[0], WIDTH, channels, HEAD_DIM)
-            k_map = _load(grad_key_map_ptr + in_map, place, at[0], WIDTH, channels, HEAD_DIM)
-            grad_query, grad_key = _add(grad_query, q_map), _add(grad_key, k_map)
+            of_map = _load(grad_query_map_ptr + in_map, place, at[0], WIDTH, channels, HEAD_DIM)
+            grad_query = _add(grad_query, of_map)
         if PREPARE:
-            grad_query, of_norm_q = _prepare_backward(
-                grad_query, raw_query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
+            raw = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
+            grad_query, of_norm = _prepare_backward(
+                grad_query, raw, norm_q_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
             )
-            grad_key, of_norm_k = _prepare_backward(
-                grad_key, raw_key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
-            )
-            grad_norm_q, grad_norm_k = _add(grad_norm_q, of_norm_q), _add(grad_norm_k, of_norm_k)
-            in_grad = in_output
-        else:
-            in_grad = in_map
+            grad_norm_q = _add(grad_norm_q, of_norm)
         _store(grad_query_ptr + in_grad, row, present, WIDTH, grad_query, channels, HEAD_DIM)
+        grad_key = _scale(grad_key, output_scale * SCALE)
+        if MAPS:
+            of_map = _load(grad_key_map_ptr + in_map, place, at[0], WIDTH, channels, HEAD_DIM)
+            grad_key = _add(grad_key, of_map)
+        if PREPARE:
+            raw = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
+            grad_key, of_norm = _prepare_backward(
+                grad_key, raw, norm_k_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
+            )
+            grad_norm_k = _add(grad_norm_k, of_norm)
         _store(grad_key_ptr + in_grad, row, present, WIDTH, grad_key, channels, HEAD_DIM)
-        _store(grad_value_ptr + in_grad, row, present, WIDTH, grad_value, channels, HEAD_DIM)
 
     if PREPARE:
         part = (tl.program_id(1) * HEADS + head) * TILES + tile + tl.arange(0, 1)
@@ -518,11 +522,11 @@ def _backward_bias(
         in_input = batch * batch_stride + head * HEAD_DIM
         in_output = batch * tokens * WIDTH + head * HEAD_DIM
 
-        q_at, place, token, inside, row, present = _locate(window, q_tile, geometry, PREPARE, W, ROWS)
+        q_at, _, token, inside, row, present = _locate(window, q_tile, geometry, PREPARE, W, ROWS)
         query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
         grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
-        k_at, place, token, inside, row, present = _locate(window, k_tile, geometry, PREPARE, W, ROWS)
+        k_at, _, token, inside, row, present = _locate(window, k_tile, geometry, PREPARE, W, ROWS)
         key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
@@ -598,7 +602,7 @@ def _common_arguments(
     prepare = preparation is not None
     rotary = prepare and preparation.rotary_cos is not None
     head_dim = query.shape[-1] // bias_table.shape[1]
-    rows = min(max(16, triton.next_power_of_2(window_size**2)), MAX_ROWS)
+    rows = min(max(16, triton.next_power_of_2(window_size**2)), MAX_ROWS[query.dtype])
     main, rest = column_blocks(head_dim)
     return {
         "query_ptr": query,
@@ -628,6 +632,7 @@ def _common_arguments(
         "REST": rest,
         "DOT": dot_dtype(query.dtype),
         "num_warps": rows // 16,
+        "num_stages": 1,
     }
 
 
