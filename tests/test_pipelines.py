@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
@@ -677,6 +678,46 @@ class TestCallbacks:
         callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
         latents_of(pipe, callback_on_step_end=callback)
         assert [len(call["sample"]) for call in transformer_calls] == [2] + [1] * (pipe.num_timesteps - 1)
+
+
+class TestStepCache:
+    """Text and sizes are embedded once, and again when they change."""
+
+    @pytest.fixture
+    def embeddings(self, components):
+        calls = []
+        handle = components["transformer"].caption_projection.register_forward_pre_hook(
+            lambda module, args: calls.append(args[0])
+        )
+        yield calls
+        handle.remove()
+
+    def test_once_per_call(self, pipe, embeddings):
+        for call in range(2):
+            latents_of(pipe)
+            assert len(embeddings) == call + 1
+
+    def test_hooks_that_move_inputs_keep_it(self, pipe, embeddings):
+        """As model offload does."""
+        add_hook_to_module(pipe.transformer, AlignDevicesHook("cpu", io_same_device=True))
+        latents_of(pipe)
+        remove_hook_from_module(pipe.transformer)
+        assert len(embeddings) == 1
+
+    def test_a_callback_that_changes_the_text_or_guidance(self, pipe, embeddings, monkeypatch):
+        names = pipe._callback_tensor_inputs[1:]
+        blue = pipe.encode_prompt("a blue square", negative_prompt="red")
+
+        def to_blue(pipeline, step, timestep, tensors):
+            return dict(zip(names, blue)) if step == 0 else {}
+
+        callbacks = [to_blue, SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)]
+        cached = [latents_of(pipe, callback_on_step_end=callback) for callback in callbacks]
+        # diffusers' callback returns the text, which it may have changed in place, after every step.
+        assert len(embeddings) == 2 + pipe.num_timesteps
+        monkeypatch.setattr(pipe.transformer, "make_step_cache", lambda: None)
+        expected = [latents_of(pipe, callback_on_step_end=callback) for callback in callbacks]
+        assert all(torch.equal(*latents) for latents in zip(cached, expected))
 
 
 class TestRefusals:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
 
-from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.transformer_localdit import (
     LocalDiTWindowAttnProcessor,
     cached_token_map_geometry,
@@ -166,9 +166,27 @@ def test_geometry_of_inference_mode_serves_training(model):
     model.zero_grad()
 
 
+@pytest.mark.parametrize("use_global_context", [True, False])
+@pytest.mark.parametrize("height, width", [(16, 24), (20, 12)])
+def test_slabs_change_nothing(use_global_context, height, width, monkeypatch):
+    # 16 tokens at a time, of which each of the two samples has 8, less than a window.
+    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 16 * 24)
+    model = tiny_transformer(use_global_context=use_global_context)
+    inputs = random_inputs(height, width)
+    whole = model(**inputs).sample
+    widths = []
+    proj = model.transformer_blocks[0].ff.net[0].proj
+    proj.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    with torch.no_grad():
+        in_slabs = model(**inputs).sample
+    assert widths == [(2, 8, 24)] * (height * width // 4 // 8) + [(2, 4, 24)] * (height * width // 4 % 8 > 0)
+    assert relative_error(in_slabs, whole) < 1e-6
+
+
 @torch.no_grad()
-def test_no_tensor_of_tokens_by_tokens():
-    # 64 x 64 tokens: everything that a forward pass makes stays far below L * L numbers.
+def test_nothing_is_larger_than_the_hidden_states(monkeypatch):
+    # 64 x 64 tokens in slabs of 1024: no tokens by tokens, no four times as wide feed-forward.
+    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 1024 * 24)
     model = tiny_transformer(num_layers=4)
     largest = 0
 
@@ -185,8 +203,34 @@ def test_no_tensor_of_tokens_by_tokens():
     with Largest():
         model(**random_inputs(128, 128, batch_size=1))
     gc.collect()
-    tokens = 64 * 64
-    assert 0 < largest <= 2 * 16 * tokens * 4 < tokens * tokens / 8
+    assert largest == 64 * 64 * 24
+
+
+def test_step_cache_embeds_text_and_sizes_once(model):
+    text = random_inputs()
+    del text["hidden_states"], text["timestep"]
+    once = [model.caption_projection, model.adaln_single.emb.resolution_embedder]
+    once += [module for block in model.transformer_blocks for module in (block.cross_attn.to_k, block.cross_attn.to_v)]
+    calls = []
+    handles = [module.register_forward_pre_hook(lambda module, args: calls.append(module)) for module in once]
+    step_cache = model.make_step_cache()
+    with torch.no_grad():
+        for seed in range(3):
+            step = {name: random_inputs(seed=seed)[name] for name in ("hidden_states", "timestep")}
+            expected = model(**step, **text).sample
+            calls.clear()
+            assert torch.equal(model(**step, **text, step_cache=step_cache).sample, expected)
+            assert len(calls) == (len(once) if seed == 0 else 0)
+    for handle in handles:
+        handle.remove()
+
+
+def test_step_cache_takes_no_part_in_training(model):
+    step_cache = model.make_step_cache()
+    for _ in range(2):
+        model(**random_inputs(), step_cache=step_cache).sample.sum().backward()
+    assert model.caption_projection.linear_1.weight.grad.any()
+    model.zero_grad()
 
 
 @pytest.mark.skipif(not is_peft_available(), reason="peft is not installed")

@@ -13,6 +13,7 @@ from diffusers_localdit.transformer_localdit import (
     GlobalContextQueryStage,
     LocalDiTWindowAttention,
     rotary_table,
+    to_windows,
     window_geometry,
 )
 
@@ -149,9 +150,11 @@ def test_every_token_has_one_place(height, width, window_size, shift):
     geometry = window_geometry(height, width, window_size, shift % window_size, (None, None), CPU)
     tokens = torch.arange(height * width)
     assert torch.equal(geometry.window_to_token.flatten()[geometry.token_to_window], tokens)
-    assert torch.equal(geometry.map_to_token.flatten()[geometry.window_to_map], geometry.window_to_token)
     padding = geometry.map_to_token.numel() - tokens.numel()
-    assert (geometry.map_to_token == height * width).sum() == padding
+    assert (geometry.map_to_token == height * width).sum() == geometry.padding.sum() == padding
+    windows = to_windows(geometry.map_to_token, window_size)
+    assert torch.equal(windows.clamp(max=height * width - 1), geometry.window_to_token)
+    assert torch.equal(windows == height * width, geometry.padding)
 
 
 def test_single_window_keeps_the_shift():
@@ -185,7 +188,7 @@ def test_shift_is_the_layer_modulo_the_window(layer, shift, monkeypatch):
     model = tiny_transformer(num_layers=7)
     seen = []
     for block in model.transformer_blocks:
-        block.register_forward_hook(lambda module, args, output: seen.append(args[-1].map_to_token[0, 0].item()))
+        block.register_forward_hook(lambda module, args, output: seen.append(args[4].map_to_token[0, 0].item()))
     with torch.no_grad():
         model(**random_inputs())
     assert seen[layer] == shift * 8 + shift  # the token at the corner of the rolled 8 x 8 map

@@ -394,6 +394,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         negative_prompt_embeds: torch.Tensor | None,
         negative_prompt_attention_mask: torch.Tensor | None,
         added_cond_kwargs: dict[str, torch.Tensor],
+        step_cache: Any,
     ) -> torch.Tensor:
         """One call of the transformer: the predicted noise in float32, guided if guidance is on."""
         guided = self.do_classifier_free_guidance
@@ -411,6 +412,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 added_cond_kwargs={name: value.expand(batch_size, -1) for name, value in added_cond_kwargs.items()},
                 encoder_attention_mask=prompt_attention_mask,
                 attention_kwargs=self.attention_kwargs,
+                step_cache=step_cache,
                 return_dict=False,
             )[0].float()
 
@@ -636,7 +638,8 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         }
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
 
-        # 7. Denoise
+        # 7. Denoise; text and sizes are embedded at the first step, and again if a callback changes them
+        step_cache = self.transformer.make_step_cache()
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         finite = []
         with self.progress_bar(total=num_inference_steps) as progress_bar:
@@ -653,6 +656,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     negative_prompt_embeds,
                     negative_prompt_attention_mask,
                     added_cond_kwargs,
+                    step_cache,
                 )
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
@@ -660,7 +664,10 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     callback_kwargs = {}
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
+                    guided = self.do_classifier_free_guidance
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    if callback_outputs.keys() - {"latents"} or guided != self.do_classifier_free_guidance:
+                        step_cache = self.transformer.make_step_cache()
 
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)

@@ -11,6 +11,8 @@ Hp x Wp the map padded to multiples of w, T text tokens.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection, get_1d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.normalization import AdaLayerNormSingle, RMSNorm
+from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import nn
@@ -33,17 +35,20 @@ from torch import nn
 MASK_VALUE = -10000.0
 QK_NORM_EPS = 1e-10
 LAYER_NORM_EPS = 1e-6
+# Larger inputs are worked on in slabs of so many numbers on a CPU, so that what is made of one stays in its cache.
+SLAB_NUMBERS = 1024 * 1152
 
 
 class WindowGeometry(NamedTuple):
     """
     Where the tokens of an H x W map go under one window shift. Every shift has tensors of the same shapes, so that all
-    blocks share one compiled graph. Index `L` stands for a token of zeros (padding).
+    blocks share one compiled graph.
 
     Attributes:
-        map_to_token (`torch.Tensor` of shape `(Hp, Wp)`): the token at each place of the padded, rolled map.
-        window_to_map (`torch.Tensor` of shape `(n, w*w)`): the place in the flattened map of each window's members.
-        window_to_token (`torch.Tensor` of shape `(n, w*w)`): the token of each window's members.
+        map_to_token (`torch.Tensor` of shape `(Hp, Wp)`):
+            the token at each place of the padded, rolled map; `L` stands for padding.
+        window_to_token (`torch.Tensor` of shape `(n, w*w)`): the token of each window's members; any one for padding.
+        padding (`torch.Tensor` of shape `(n, w*w)`): true where a window's member is padding.
         token_to_window (`torch.Tensor` of shape `(L,)`): the place of each token in the flattened windows.
         attention_mask (`torch.Tensor` of shape `(n, 1, w*w, w*w)`):
             0 where query and key lie in one region of the map, -10000 where the roll brought strangers together.
@@ -52,13 +57,25 @@ class WindowGeometry(NamedTuple):
     """
 
     map_to_token: torch.Tensor
-    window_to_map: torch.Tensor
     window_to_token: torch.Tensor
+    padding: torch.Tensor
     token_to_window: torch.Tensor
     attention_mask: torch.Tensor
     relative_position: torch.Tensor
     rotary_cos: torch.Tensor | None
     rotary_sin: torch.Tensor | None
+
+    def split(self, size: int | None) -> list["WindowGeometry"]:
+        """Parts with as many whole windows as have `size` tokens, at least one; for `None` all in one."""
+        if size is None:
+            return [self]
+        windows = max(size // self.window_to_token.shape[1], 1)
+        return [
+            self._replace(window_to_token=window_to_token, padding=padding, attention_mask=attention_mask)
+            for window_to_token, padding, attention_mask in zip(
+                *(x.split(windows) for x in (self.window_to_token, self.padding, self.attention_mask))
+            )
+        ]
 
 
 class TokenMapGeometry(NamedTuple):
@@ -132,8 +149,6 @@ def window_geometry(
     inside = (row < height)[:, None] & (column < width)[None, :]
     map_to_token = torch.where(inside, row[:, None] * width + column[None, :], height * width)
 
-    place = torch.arange(padded_height * padded_width, device=device)
-    window_to_map = to_windows(place.reshape(padded_height, padded_width), window_size)
     window_to_token = to_windows(map_to_token, window_size)
     # Each token stands once in the windows and padding (index L) comes last: sorting by token inverts the map.
     token_to_window = window_to_token.flatten().argsort(stable=True)[: height * width]
@@ -145,8 +160,8 @@ def window_geometry(
 
     return WindowGeometry(
         map_to_token,
-        window_to_map,
-        window_to_token,
+        window_to_token.clamp(max=height * width - 1),
+        window_to_token == height * width,  # no view: a compiler would look at its base, too
         token_to_window,
         attention_mask,
         relative_position_index(window_size, device),
@@ -193,28 +208,87 @@ def token_map_geometry(
 cached_token_map_geometry = functools.lru_cache(maxsize=8)(token_map_geometry)
 
 
+# Slabs and steps
+
+
+def slab_size(hidden_states: torch.Tensor) -> int | None:
+    """
+    How many tokens of each sample of `(B, L, C)` to work on at a time, or `None` for all at once: where gradients are
+    kept, in compiled graphs, and on devices that want large kernels.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        return None
+    batch_size, length, dim = hidden_states.shape
+    size = max(SLAB_NUMBERS // (batch_size * dim), 1)
+    return size if size < length else None
+
+
+def join(slabs: list[torch.Tensor]) -> torch.Tensor:
+    return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
+
+
+def slab_by_slab(function: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """`function(tokens)` for a function that treats each token of `(B, L, C)` on its own."""
+    size = slab_size(tokens)
+    return function(tokens) if size is None else join([function(slab) for slab in tokens.split(size, dim=1)])
+
+
+class LocalDiTStepCache:
+    r"""
+    Keeps what forward passes compute from text and picture size alone (projected text, keys and values of
+    cross-attention, size embeddings) from the first denoising step for the others. One object serves one set of
+    `encoder_hidden_states`, `encoder_attention_mask`, `added_cond_kwargs` and weights.
+
+    A class of its own, since hooks that move inputs between devices copy containers.
+    """
+
+    def __init__(self):
+        self._values = {}
+
+    def get(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What is kept under `key`, computed if it is asked for the first time."""
+        if key not in self._values:
+            self._values[key] = compute()
+        return self._values[key]
+
+
+def once(cache: LocalDiTStepCache | None, key: Any, compute: Callable[[], Any]) -> Any:
+    """`compute()`, or what it was in an earlier step if there is a cache."""
+    return compute() if cache is None else cache.get(key, compute)
+
+
 # Attention
 
 
-def gather_tokens(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Takes tokens `(B, L, C)` by an index of any shape; index `L` gives zeros: `(B, *index.shape, C)`."""
-    padded = F.pad(hidden_states, (0, 0, 0, 1))
-    return padded.index_select(1, index.flatten()).unflatten(1, index.shape)
-
-
 def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """Turns the interleaved pairs (a, b) of `(B, L, heads, head_dim)` to (a cos - b sin, a sin + b cos)."""
+    """Turns the interleaved pairs (a, b) of `(..., heads, head_dim)` to (a cos - b sin, a sin + b cos)."""
     if cos is None or sin is None:
         return hidden_states
-    a, b = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)  # the float32 table promotes lower precisions
+    pairs = hidden_states.unflatten(-1, (-1, 2))
+    if hidden_states.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # One pass over memory. Compilers fuse the lines below, but do not know complex numbers.
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    a, b = pairs.unbind(-1)  # the float32 table promotes lower precisions
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(hidden_states.dtype)
 
 
 def window_attention_bias(table: torch.Tensor, geometry: WindowGeometry, batch_size: int) -> torch.Tensor:
     """Relative position bias plus region mask: `(B*n, heads, w*w, w*w)`."""
-    bias = table[geometry.relative_position].permute(2, 0, 1)  # (heads, w*w, w*w)
+    bias = table[geometry.relative_position].permute(2, 0, 1).contiguous()  # (heads, w*w, w*w)
     bias = bias + geometry.attention_mask.to(table.dtype)  # (n, heads, w*w, w*w)
     return bias[None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
+
+
+def explicit_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """
+    Attention on `(batch, length, heads, head_dim)`. On a CPU, PyTorch has no fused kernel for a bias that is trained,
+    and what it does instead takes half as long again as these lines.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
 
 
 class LocalDiTWindowAttnProcessor:
@@ -231,55 +305,66 @@ class LocalDiTWindowAttnProcessor:
     def __call__(
         self, attn: "LocalDiTWindowAttention", hidden_states: torch.Tensor, geometry: WindowGeometry
     ) -> torch.Tensor:
-        batch_size = hidden_states.shape[0]
-        query, key, value = attn.project(hidden_states)  # (B, L, C) each
-        query = self._normalize_and_rotate(attn, attn.norm_q, query, geometry)  # (B, L, C)
-        key = self._normalize_and_rotate(attn, attn.norm_k, key, geometry)
-
-        query_windows = gather_tokens(query, geometry.window_to_token)  # (B, n, w*w, C)
-        key_windows = gather_tokens(key, geometry.window_to_token)
-        value_windows = gather_tokens(value, geometry.window_to_token)
-        output = self._attend(
-            attn, query_windows, key_windows, value_windows, attn.rel_pos_bias, geometry
-        )  # (B, n*w*w, C)
+        size = slab_size(hidden_states)
+        parts = geometry.split(size)  # of n windows
+        queries, keys, outputs = [], [], []
+        for part in parts:
+            query, key, value = self._project(attn, hidden_states, part)  # (B, n, w*w, C) each
+            outputs.append(self._attend(attn, query, key, value, attn.rel_pos_bias, part))
+            if attn.global_context is not None:
+                queries.append(query)
+                keys.append(key)
 
         if attn.global_context is not None:
             context = attn.global_context
-            query_map = gather_tokens(query, geometry.map_to_token)  # (B, Hp, Wp, C)
-            for stage in context.query_stages:
-                query_map = stage(query_map)
-            query_windows = query_map.flatten(1, 2).index_select(1, geometry.window_to_map.flatten())
-            # Keys and values are both read from the rotated keys; padding (zeros) contributes the bias of the linear.
-            context_output = self._attend(
-                attn,
-                query_windows.view_as(key_windows),
-                context.to_k(key_windows),
-                context.to_v(key_windows),
-                context.rel_pos_bias,
-                geometry,
-            )
-            output = (output + context_output) / 2
+            query = context.refine_query(join(queries), geometry)
+            queries = query.split([part.window_to_token.shape[0] for part in parts], dim=1)
+            for i, (part, query, key) in enumerate(zip(parts, queries, keys)):
+                # Keys and values are both read from the rotated keys; padding (zeros) contributes the linear's bias.
+                context_output = self._attend(
+                    attn, query, context.to_k(key), context.to_v(key), context.rel_pos_bias, part
+                )
+                outputs[i] = (outputs[i] + context_output) / 2
 
-        output = output.view(batch_size, -1, output.shape[-1]).index_select(1, geometry.token_to_window)  # (B, L, C)
-        return attn.to_out[0](output)
+        output = join(outputs).flatten(1, 2)  # (B, n*w*w, C)
+        slabs = geometry.token_to_window.split(size) if size else [geometry.token_to_window]
+        return join([attn.to_out[0](output.index_select(1, tokens)) for tokens in slabs])  # (B, L, C)
 
     @staticmethod
-    def _normalize_and_rotate(attn, norm: nn.Module, tokens: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
-        tokens = norm(tokens.unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
-        return apply_rotary(tokens, geometry.rotary_cos, geometry.rotary_sin).flatten(2)
+    def _project(attn, hidden_states, geometry: WindowGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of windows, `(B, n, w*w, C)`; zeros for padding."""
+        tokens = geometry.window_to_token.flatten()
+        windows = hidden_states.index_select(1, tokens).unflatten(1, geometry.window_to_token.shape)
+        query, key, value = attn.project(windows)
+        # A compiled graph serves maps with padding and without.
+        if torch.compiler.is_compiling() or geometry.map_to_token.numel() > hidden_states.shape[1]:
+            query, key, value = (x.masked_fill(geometry.padding.unsqueeze(-1), 0) for x in (query, key, value))
+        query, key = (
+            apply_rotary(
+                norm(x.unflatten(-1, (attn.heads, -1))).flatten(1, 2),  # (B, n*w*w, heads, head_dim)
+                *(x if x is None else x.index_select(0, tokens) for x in (geometry.rotary_cos, geometry.rotary_sin)),
+            ).view_as(x)
+            for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+        )
+        return query, key, value
 
     def _attend(self, attn, query, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
+        """Attention in each window, `(B, n, w*w, C)`."""
         batch_size = query.shape[0]
         query, key, value = (x.flatten(0, 1).unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        output = dispatch_attention_fn(
-            query,
-            key,
-            value,  # (B*n, w*w, heads, head_dim)
-            attn_mask=window_attention_bias(bias_table, geometry, batch_size).to(query.dtype),
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return output.flatten(2)  # (B*n, w*w, C)
+        bias = window_attention_bias(bias_table, geometry, batch_size).to(query.dtype)
+        if self._attention_backend is None and query.device.type == "cpu" and bias.requires_grad:
+            output = explicit_attention(query, key, value, bias)
+        else:
+            output = dispatch_attention_fn(
+                query,
+                key,
+                value,  # (B*n, w*w, heads, head_dim)
+                attn_mask=bias,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        return output.flatten(2).unflatten(0, (batch_size, -1))
 
 
 class LocalDiTCrossAttnProcessor:
@@ -294,18 +379,29 @@ class LocalDiTCrossAttnProcessor:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states, encoder_hidden_states)  # (B, L, C), (B, T, C), (B, T, C)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-        output = dispatch_attention_fn(
-            attn.norm_q(query),
-            attn.norm_k(key),
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[0](output.flatten(2))
+        key, value = once(step_cache, attn, lambda: self._project_text(attn, encoder_hidden_states))
+
+        def attend(tokens: torch.Tensor) -> torch.Tensor:
+            query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
+            output = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+            return attn.to_out[0](output.flatten(2))
+
+        return slab_by_slab(attend, hidden_states)
+
+    @staticmethod
+    def _project_text(attn, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value `(B, T, heads, head_dim)`."""
+        key, value = (x.unflatten(-1, (attn.heads, -1)) for x in attn.project_text(encoder_hidden_states))
+        return attn.norm_k(key), value
 
 
 class GlobalContextQueryStage(nn.Module):
@@ -318,10 +414,13 @@ class GlobalContextQueryStage(nn.Module):
         self.excite = nn.Linear(dim // 4, dim, bias=False)
         self.pointwise = nn.Linear(dim, dim, bias=False)
 
+    def gate(self, mean: torch.Tensor) -> torch.Tensor:
+        """The excitation for the mean of the features, both `(B, C)`."""
+        return torch.sigmoid(self.excite(F.gelu(self.squeeze(mean))))
+
     def forward(self, query_map: torch.Tensor) -> torch.Tensor:
-        features = F.gelu(self.depthwise(query_map.permute(0, 3, 1, 2)))  # (B, C, Hp, Wp)
-        gate = torch.sigmoid(self.excite(F.gelu(self.squeeze(features.mean(dim=(2, 3))))))  # (B, C)
-        features = (features * gate[:, :, None, None]).permute(0, 2, 3, 1)  # (B, Hp, Wp, C)
+        features = F.gelu(self.depthwise(query_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, Hp, Wp, C)
+        features = features * self.gate(features.mean(dim=(1, 2)))[:, None, None]
         return query_map + self.pointwise(features)
 
 
@@ -330,10 +429,20 @@ class LocalDiTGlobalContext(nn.Module):
 
     def __init__(self, dim: int, heads: int, window_size: int):
         super().__init__()
+        self.window_size = window_size
         self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
         self.query_stages = nn.ModuleList([GlobalContextQueryStage(dim) for _ in range(2)])
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
+
+    def refine_query(self, query: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
+        """Takes the windows `(B, n, w*w, C)` of the query through the stages, which see the whole map."""
+        rows, columns = (side // self.window_size for side in geometry.map_to_token.shape)
+        sizes = {"r": rows, "c": columns, "h": self.window_size, "w": self.window_size}
+        query_map = rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **sizes)
+        for stage in self.query_stages:
+            query_map = stage(query_map)
+        return rearrange(query_map, "b (r h) (c w) d -> b (r c) (h w) d", **sizes)
 
 
 class LocalDiTAttention(nn.Module, AttentionModuleMixin):
@@ -347,8 +456,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.norm_k = RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
         self.set_processor(self._default_processor_cls())
 
 
@@ -392,25 +501,49 @@ class LocalDiTCrossAttention(LocalDiTAttention):
         super().__init__(dim, heads)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def project(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fused_projections:
-            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:
-            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
-        return self.to_q(hidden_states), key, value
+            return self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        return self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, step_cache)
 
 
 # Block and model
+
+
+def modulate(norm: nn.Module, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """norm(h) * (1 + scale) + shift."""
+    return slab_by_slab(lambda tokens: torch.addcmul(shift, norm(tokens), 1 + scale), hidden_states)
+
+
+def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    The tanh approximation of GELU in place, as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): a sigmoid takes a CPU
+    half the time of a tanh.
+    """
+    scale = hidden_states.new_tensor(2 * (2 / math.pi) ** 0.5)
+    for rows in hidden_states.flatten(0, -2).split(64):  # what a few rows make stays in the nearest cache
+        rows.mul_(torch.addcmul(scale, rows, rows, value=0.044715 * scale.item()).mul_(rows).sigmoid_())
+    return hidden_states
+
+
+class LocalDiTFeedForward(FeedForward):
+    r"""diffusers' feed-forward with a tanh-approximate GELU; large inputs on a CPU in slabs, widened in place."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if slab_size(hidden_states) is None:
+            return super().forward(hidden_states)
+        widen, _, narrow = self.net
+        # Allocating four times the width of the network anew costs as much as the GELU.
+        return slab_by_slab(lambda slab: narrow(gelu_tanh_(widen.proj(slab))), hidden_states)
 
 
 class LocalDiTTransformerBlock(nn.Module):
@@ -428,7 +561,7 @@ class LocalDiTTransformerBlock(nn.Module):
         self.attn = LocalDiTWindowAttention(dim, heads, window_size, use_global_context)
         self.cross_attn = LocalDiTCrossAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.ff = LocalDiTFeedForward(dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(
@@ -438,16 +571,19 @@ class LocalDiTTransformerBlock(nn.Module):
         modulation: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
         geometry: WindowGeometry,
+        step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             self.scale_shift_table[None] + modulation  # (B, 6, C)
         ).chunk(6, dim=1)  # (B, 1, C) each
 
-        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa  # (B, L, C)
-        hidden_states = hidden_states + gate_msa * self.attn(normed, geometry)
-        hidden_states = hidden_states + self.cross_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
-        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(normed)
+        normed = modulate(self.norm1, hidden_states, shift_msa, scale_msa)  # (B, L, C)
+        hidden_states = torch.addcmul(hidden_states, gate_msa, self.attn(normed, geometry))
+        hidden_states = hidden_states + self.cross_attn(
+            hidden_states, encoder_hidden_states, encoder_attention_mask, step_cache
+        )
+        normed = modulate(self.norm2, hidden_states, shift_mlp, scale_mlp)
+        return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
 
 
 # diffusers' caching hooks look the block up here. `register` would import every model that diffusers has.
@@ -577,6 +713,35 @@ class LocalDiTTransformer2DModel(
             }
         super().set_attn_processor(processor)
 
+    def make_step_cache(self) -> LocalDiTStepCache:
+        r"""Makes a `step_cache` for calls of `forward` that differ in `hidden_states` and `timestep` alone."""
+        return LocalDiTStepCache()
+
+    def _embed_timestep(
+        self,
+        timestep: torch.Tensor,
+        added_cond_kwargs: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        step_cache: LocalDiTStepCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`adaln_single`, whose embedding of the picture size can be kept: `(B, 6, C)` and `(B, C)`."""
+        embedder = self.adaln_single.emb
+
+        def embed_sizes() -> torch.Tensor:
+            embeddings = [
+                embed(embedder.additional_condition_proj(added_cond_kwargs[name].flatten()).to(dtype))
+                for name, embed in (
+                    ("resolution", embedder.resolution_embedder),
+                    ("aspect_ratio", embedder.aspect_ratio_embedder),
+                )
+            ]
+            return torch.cat([embedding.reshape(timestep.shape[0], -1) for embedding in embeddings], dim=1)  # (B, C)
+
+        embedded_timestep = embedder.timestep_embedder(embedder.time_proj(timestep).to(dtype))
+        embedded_timestep = embedded_timestep + once(step_cache, "sizes", embed_sizes)
+        modulation = self.adaln_single.linear(self.adaln_single.silu(embedded_timestep))
+        return modulation.unflatten(1, (6, -1)), embedded_timestep
+
     def _geometry(self, height: int, width: int, device: torch.device) -> TokenMapGeometry:
         config = self.config
         # A compiled graph computes it; a cache would tie the graph to one size.
@@ -593,17 +758,21 @@ class LocalDiTTransformer2DModel(
             device=device,
         )
 
-    def _mark_dynamic(self, *block_inputs: torch.Tensor | WindowGeometry | None) -> None:
+    @property
+    def _has_compiled_blocks(self) -> bool:
+        return self.transformer_blocks[0]._compiled_call_impl is not None
+
+    def _mark_dynamic(self, *block_inputs: Any) -> None:
         """
         Tells a compiler of single blocks which sizes vary. Without this, sizes that happen to be equal on the first
         call are taken to be one.
         """
-        if torch.compiler.is_compiling() or self.transformer_blocks[0]._compiled_call_impl is None:
+        if torch.compiler.is_compiling() or not self._has_compiled_blocks:
             return
         for value in block_inputs:
             tensors = value if isinstance(value, tuple) else (value,)
             for tensor in tensors:
-                if tensor is not None:
+                if isinstance(tensor, torch.Tensor):
                     torch._dynamo.maybe_mark_dynamic(tensor, list(range(tensor.dim())))
 
     @apply_lora_scale("attention_kwargs")
@@ -615,6 +784,7 @@ class LocalDiTTransformer2DModel(
         added_cond_kwargs: dict[str, torch.Tensor],
         encoder_attention_mask: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        step_cache: LocalDiTStepCache | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
@@ -632,6 +802,11 @@ class LocalDiTTransformer2DModel(
             encoder_attention_mask (`torch.Tensor` of shape `(batch, text_tokens)`, *optional*):
                 1 for text tokens to attend to, 0 for those to leave out (by adding -10000 to their scores).
             attention_kwargs (`dict`, *optional*): `scale` sets the weight of LoRA layers.
+            step_cache (`LocalDiTStepCache`, *optional*):
+                What `make_step_cache` made, the same for all denoising steps of one sampling: text and sizes are then
+                embedded at the first step only. Make a new one whenever `encoder_hidden_states`,
+                `encoder_attention_mask`, `added_cond_kwargs`, `attention_kwargs` or a weight changes. Without effect
+                where gradients are kept and in compiled graphs.
             return_dict (`bool`, defaults to `True`): Whether to return a [`Transformer2DModelOutput`].
 
         Returns:
@@ -641,7 +816,7 @@ class LocalDiTTransformer2DModel(
         Raises:
             `ValueError`: If height or width is not a multiple of `patch_size`, or `added_cond_kwargs` lacks an entry.
         """
-        batch_size, _, latent_height, latent_width = hidden_states.shape
+        latent_height, latent_width = hidden_states.shape[-2:]
         patch_size = self.config.patch_size
         if latent_height % patch_size != 0 or latent_width % patch_size != 0:
             raise ValueError(
@@ -653,13 +828,15 @@ class LocalDiTTransformer2DModel(
         height, width = latent_height // patch_size, latent_width // patch_size
         geometry = self._geometry(height, width, hidden_states.device)
 
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self._has_compiled_blocks:
+            step_cache = None
+
         # 1. Input
         hidden_states = self.pos_embed(hidden_states, geometry.pos_embed)  # (B, L, C)
-        modulation, embedded_timestep = self.adaln_single(
-            timestep, added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+        modulation, embedded_timestep = self._embed_timestep(
+            timestep, added_cond_kwargs, hidden_states.dtype, step_cache
         )
-        modulation = modulation.unflatten(1, (6, -1))  # (B, 6, C)
-        encoder_hidden_states = self.caption_projection(encoder_hidden_states)  # (B, T, C)
+        text = once(step_cache, "text", lambda: self.caption_projection(encoder_hidden_states))  # (B, T, C)
         if encoder_attention_mask is not None:
             encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * MASK_VALUE
             encoder_attention_mask = encoder_attention_mask[:, None, None, :]  # (B, 1, 1, T)
@@ -668,10 +845,11 @@ class LocalDiTTransformer2DModel(
         for i, block in enumerate(self.transformer_blocks):
             inputs = (
                 hidden_states,
-                encoder_hidden_states,
+                text,
                 modulation,
                 encoder_attention_mask,
                 geometry.shifts[i % self.config.window_size],
+                step_cache,
             )
             self._mark_dynamic(*inputs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -681,8 +859,7 @@ class LocalDiTTransformer2DModel(
 
         # 3. Output
         shift, scale = (self.scale_shift_table[None] + embedded_timestep[:, None]).chunk(2, dim=1)  # (B, 1, C)
-        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
-        hidden_states = self.proj_out(hidden_states)  # (B, L, p*p*out)
+        hidden_states = self.proj_out(modulate(self.norm_out, hidden_states, shift, scale))  # (B, L, p*p*out)
         output = rearrange(
             hidden_states, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=patch_size, q=patch_size
         )

@@ -1,0 +1,343 @@
+"""
+Seconds of a forward pass and of a training step: LocalDiT against diffusers' PixArt transformer and against the plain
+computation of the original, full size, random weights.
+
+All models of a table take turns in one process, and so do their matrix products alone, which are the floor under any
+implementation. A model that does not give the numbers of the plain computation is not timed and its table not printed.
+A full run takes hours on a CPU: choose models and sizes, or `--layers`: models of so few layers are run (each layer
+costs the same) and their times multiplied to the full depth, 18 for LocalDiT, 28 or 18 for PixArt.
+The last line is JSON.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from plain_transformer import plain_forward
+from torch import nn
+
+from diffusers_localdit import LocalDiTTransformer2DModel
+
+LOCALDIT_LAYERS = 18
+PIXART_LAYERS = {"pixart-28": 28, "pixart-18": 18}
+MODELS = [
+    *PIXART_LAYERS,
+    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "compiled", "triton") for branch in ("global", "folded")),
+]
+BASELINE = "pixart-28"
+TEXT_TOKENS = 120
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class ParityError(Exception):
+    """A model computes something else than the plain reference."""
+
+
+def full_depth(name: str) -> int:
+    return PIXART_LAYERS.get(name, LOCALDIT_LAYERS)
+
+
+def architecture(name: str) -> str:
+    """What decides the matrix products: "pixart-28", "pixart-18", "global" or "folded"."""
+    return name if name in PIXART_LAYERS else name.split("-")[1]
+
+
+def make_inputs(height: int, width: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(batch_size, TEXT_TOKENS)
+    mask[0, TEXT_TOKENS // 2 :] = 0
+    inputs = {
+        "hidden_states": torch.randn(batch_size, 4, height // 8, width // 8, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(batch_size, TEXT_TOKENS, 4096, generator=generator).to(dtype),
+        "timestep": torch.full((batch_size,), 500),
+        "encoder_attention_mask": mask,
+    }
+    sizes = {"resolution": [[height, width]], "aspect_ratio": [[width / height]]}
+    sizes = {name: torch.tensor(value, dtype=torch.float32).repeat(batch_size, 1) for name, value in sizes.items()}
+    return {name: value.to(device) for name, value in inputs.items()} | {
+        "added_cond_kwargs": {name: value.to(device) for name, value in sizes.items()}
+    }
+
+
+@functools.cache
+def make_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Random weights, none of them zero throughout. All kinds of one architecture have the same."""
+    if name.startswith("plain"):
+        return make_model(f"localdit-{architecture(name)}", layers, device, dtype)
+    torch.manual_seed(0)
+    num_layers = layers or full_depth(name)
+    if name in PIXART_LAYERS:
+        model = PixArtTransformer2DModel(num_layers=num_layers, sample_size=128, caption_channels=4096)
+    else:
+        model = LocalDiTTransformer2DModel(num_layers=num_layers, use_global_context=name.endswith("global"))
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    model = model.to(device, dtype).eval()
+    if name.startswith("triton"):
+        from diffusers_localdit.kernels import install_triton_kernels  # needs the extra `triton`
+
+        install_triton_kernels(model)
+    if name.startswith("compiled"):
+        model.compile_repeated_blocks(fullgraph=True)
+    return model
+
+
+def runner(name: str, model: nn.Module, inputs: dict) -> Callable[[], torch.Tensor]:
+    if name.startswith("plain"):
+        return functools.partial(plain_forward, model, **inputs)
+    return lambda: model(**inputs).sample
+
+
+def training_step(model: nn.Module, forward: Callable[[], torch.Tensor]) -> None:
+    """Without an optimizer, whose cost depends on the number of weights alone."""
+    model.zero_grad(set_to_none=True)
+    forward().float().square().mean().backward()
+
+
+def record_products(model: nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[bool], None]:
+    """
+    The matrix products of a model's linears, at the shapes that they have in `forward`, and nothing else: no bias, no
+    allocation. In training also those of the gradients.
+    """
+    linears: list[tuple[torch.Tensor, int]] = []  # weight, number of rows
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output: linears.append((module.weight.detach(), output[..., 0].numel()))
+        )
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        forward()
+    for handle in handles:
+        handle.remove()
+
+    @functools.cache
+    def buffer(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=linears[0][0].dtype, device=linears[0][0].device)
+
+    @torch.no_grad()
+    def run(training: bool) -> None:
+        for weight, rows in linears:
+            tokens, output = buffer(rows, weight.shape[1]), buffer(rows, weight.shape[0])
+            torch.mm(tokens, weight.T, out=buffer(rows, weight.shape[0], 1)[..., 0])
+            if training:
+                torch.mm(output, weight, out=buffer(rows, weight.shape[1], 1)[..., 0])
+                torch.mm(output.T, tokens, out=buffer(*weight.shape, 1)[..., 0])
+
+    return run
+
+
+def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Relative L2 distance of all numbers together."""
+    difference = sum((a.double() - b.double()).square().sum().item() for a, b in zip(actual, expected, strict=True))
+    return (difference / sum(b.double().square().sum().item() for b in expected)) ** 0.5
+
+
+def check_parity(name: str, model: nn.Module, inputs: dict, training: bool) -> float:
+    """The error against the plain computation: of the output, and in training of all gradients too."""
+
+    def numbers(forward: Callable[[], torch.Tensor]) -> list[list[torch.Tensor]]:
+        if not training:
+            with torch.no_grad():
+                return [[forward()]]
+        model.zero_grad(set_to_none=True)
+        output = forward()
+        output.float().square().mean().backward()
+        return [[output.detach()], [parameter.grad for parameter in model.parameters()]]
+
+    expected, actual = (numbers(runner(kind, model, inputs)) for kind in ("plain", name))
+    model.zero_grad(set_to_none=True)
+    error = max(relative_error(ours, plain) for ours, plain in zip(actual, expected))
+    tolerance = TOLERANCE[inputs["hidden_states"].dtype]
+    if not error < tolerance:
+        raise ParityError(f"{name} differs from the plain computation by {error:.1e}, more than {tolerance:.0e}.")
+    return error
+
+
+def timed(run: Callable[[], object], args: argparse.Namespace) -> float:
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.device.type != "cpu":
+        torch.accelerator.synchronize()
+    start = clock()
+    run()
+    if args.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return clock() - start
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Tensor memory that a run needs at most on top of what was there before."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.Namespace) -> list[dict]:
+    """One row for each model."""
+    training = mode == "training"
+    inputs = make_inputs(height, width, batch_size, args.device, args.dtype)
+    steps: dict[str, Callable[[], object]] = {}  # each model, and the products of each architecture
+    rows: list[dict] = []
+    for name in args.models:
+        log(f"{height} x {width}, batch {batch_size}, {mode}: {name}")
+        model = make_model(name, args.layers, args.device, args.dtype)
+        error = None if name in PIXART_LAYERS else check_parity(name, model, inputs, training)
+        forward = runner(name, model, inputs)
+        steps[name] = functools.partial(training_step, model, forward) if training else torch.no_grad()(forward)
+        products = f"{architecture(name)} products"
+        if products not in steps:
+            eager = make_model(name.replace("compiled", "plain"), args.layers, args.device, args.dtype)
+            run_products = record_products(eager, lambda eager=eager: eager(**inputs))
+            steps[products] = functools.partial(run_products, training)
+        rows.append(
+            {
+                "model": name,
+                "height": height,
+                "width": width,
+                "batch_size": batch_size,
+                "mode": mode,
+                "parity_error": error,
+                "peak_bytes": peak_bytes(steps[name], args.device),
+            }
+        )
+
+    log("timing")
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.runs):
+        for name, step in steps.items():
+            scale = 1 if args.layers is None else full_depth(name.removesuffix(" products")) / args.layers
+            seconds[name].append(scale * timed(step, args))
+            log(f"{name}: {seconds[name][-1]:.3f} s")
+    for row in rows:
+        own = seconds[row["model"]]
+        row |= {"seconds": own, "median": statistics.median(own)}
+        for ratio, other in (
+            ("times_pixart", BASELINE),
+            ("times_plain", row["model"].replace("localdit", "plain")),
+            ("share_of_floor", f"{architecture(row['model'])} products"),
+        ):
+            if other in seconds and other != row["model"]:
+                row[ratio] = statistics.median(theirs / ours for theirs, ours in zip(seconds[other], own))
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    def cell(row: dict, name: str, form: str) -> str:
+        return form.format(row[name]) if row.get(name) is not None else ""
+
+    lines = [
+        "| size | batch | mode | model | median s | min to max s | times PixArt | times plain | share of the floor |"
+        " peak MiB | error |",
+        "|---" * 11 + "|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row['height']} x {row['width']}",
+            str(row["batch_size"]),
+            row["mode"],
+            row["model"],
+            f"{row['median']:.3f}",
+            f"{min(row['seconds']):.3f} to {max(row['seconds']):.3f}",
+            cell(row, "times_pixart", "{:.2f}"),
+            cell(row, "times_plain", "{:.2f}"),
+            cell(row, "share_of_floor", "{:.2f}"),
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            cell(row, "parity_error", "{:.0e}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Times PixArt, a group of bars for each size, batch and mode."""
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys((row["height"], row["width"], row["batch_size"], row["mode"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    axes = (figure := Figure(figsize=(max(6, 2.2 * len(groups)), 4), layout="constrained")).subplots()
+    for i, model in enumerate(models):
+        bars = [
+            (groups.index((row["height"], row["width"], row["batch_size"], row["mode"])), row.get("times_pixart", 1.0))
+            for row in rows
+            if row["model"] == model
+        ]
+        places = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models) for place, _ in bars]
+        labels = axes.bar(places, [height for _, height in bars], 0.8 / len(models), label=model)
+        axes.bar_label(labels, fmt="{:.2f}", fontsize=7)
+    axes.set_xticks(range(len(groups)), [f"{h} x {w}\nbatch {b}, {mode}" for h, w, b, mode in groups])
+    axes.set_ylabel(f"times as fast as {BASELINE}")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(args: argparse.Namespace) -> None:
+    rows = []
+    for height, width in args.sizes:
+        for batch_size in args.batches:
+            for mode in args.modes:
+                rows += measure(height, width, batch_size, mode, args)
+                print(markdown(rows[-len(args.models) :]), flush=True)
+    if args.plot is not None:
+        plot(rows, args.plot)
+    settings = {"layers": args.layers, "cpu_time": args.cpu_time, "dtype": str(args.dtype), "device": str(args.device)}
+    print(json.dumps({**settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_models = [BASELINE, "pixart-18", "plain-global", "localdit-global", "localdit-folded"]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=default_models)
+    sizes = [parse_size(size) for size in ("512", "768x1024", "1024", "2048")]
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=sizes, help="pixels: HEIGHTxWIDTH or SIDE")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
+    parser.add_argument("--layers", type=int, help="layers to run in place of all")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, for a machine that others use too"
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.accelerator.current_accelerator() or "cpu")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ParityError as error:
+        sys.exit(str(error))
