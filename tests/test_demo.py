@@ -438,7 +438,8 @@ class TestManyVisitors:
                 memory.append(server.rss())
         for values, picture in zip(settings, pictures, strict=True):
             assert np.array_equal(picture, pixels(list(painter.paint(values))[-1]))
-        assert memory[-1] - memory[0] < 0.02 * memory[0], memory
+        # What gradio keeps of each visitor is bounded by `KEPT_VISITORS`; nothing else may grow.
+        assert memory[-1] - memory[0] < 2 * self.COUNT * 300_000, memory
 
 
 class TestCommand:

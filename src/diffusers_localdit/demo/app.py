@@ -22,6 +22,7 @@ from .look import CSS, THEME, header, settings_list, status
 from .painter import Painter, Step
 
 MAX_WAITING = 100  # pictures that all visitors together may wait for
+KEPT_VISITORS = 2 * MAX_WAITING  # gradio keeps 0.2 MB for each, by default of 10,000
 KEPT_PICTURES = 12  # of each visitor
 CACHE_SECONDS = 24 * 60 * 60
 BUNDLED_NOTE = (
@@ -202,6 +203,7 @@ def launch(page: Page, host: str, port: int | None) -> str:
             theme=THEME,
             css=CSS,
             max_file_size=MAX_UPLOAD_BYTES,
+            state_session_capacity=KEPT_VISITORS,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
