@@ -112,9 +112,10 @@ def _save_local(ctx, inputs, output):
 
 
 def _local_backward(ctx, grad_output, grad_query_map, grad_key_map):
-    norm_q, norm_k = ctx.saved_tensors[3:5]
+    saved = ctx.saved_tensors  # once: gradient checkpointing lets nobody ask twice
+    norm_q, norm_k = saved[3:5]
     grad_query, grad_key, grad_value, grad_norm, grad_table = local_window_attention_backward(
-        grad_output, grad_query_map, grad_key_map, *ctx.saved_tensors, *ctx.settings
+        grad_output, grad_query_map, grad_key_map, *saved, *ctx.settings
     )
     grad_norm_q, grad_norm_k = grad_norm[0].to(norm_q.dtype), grad_norm[1].to(norm_k.dtype)
     return grad_query, grad_key, grad_value, grad_norm_q, grad_norm_k, grad_table, *[None] * 8

@@ -7,7 +7,7 @@ normalises and turns queries and keys in registers, attends, and writes to the t
 the same in PyTorch and is what these kernels are tested against.
 
 Shape legend: B batch, L tokens of the image, M = Hp * Wp places of the padded, rolled map, w window size, n windows,
-C = HEADS * HEAD_DIM. A tile holds ROWS members of a window, at most 64 (32 in float32); a window has TILES of them.
+C = HEADS * HEAD_DIM. A tile holds ROWS members of a window, at most 64 (fewer in float32); a window has TILES of them.
 The channels of a tile are cut into blocks of powers of two (72 into 64 + 16, of which 8 lie idle), because padding 72
 to 128 would cost half the arithmetic: a tile is a tuple of one or two blocks.
 """
@@ -21,7 +21,6 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASK_VALUE = tl.constexpr(-10000.0)
 
-MAX_ROWS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}  # what fits into 99 KiB of shared memory
 # Programs per head of a backward pass. Each sums its windows' share of the parameters' gradients in registers, in a
 # fixed order, and writes it once: the result does not depend on the machine.
 BACKWARD_PROGRAMS = 64
@@ -567,6 +566,14 @@ def column_blocks(head_dim: int) -> tuple[int, int]:
     return (main, rest) if main + rest < whole else (whole, 0)
 
 
+def rows_of_tile(members: int, main: int, element_size: int) -> int:
+    """Rows of a tile: the window's members, or as many as the backward pass holds in 99 KiB of shared memory."""
+    most = 64 if element_size == 2 else 32
+    if members > most and main > 64:
+        most //= 2
+    return min(max(16, triton.next_power_of_2(members)), most)
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Type of the operands of matrix products. The interpreter would multiply the bits of bfloat16 as integers."""
     if triton.knobs.runtime.interpret:
@@ -602,8 +609,8 @@ def _common_arguments(
     prepare = preparation is not None
     rotary = prepare and preparation.rotary_cos is not None
     head_dim = query.shape[-1] // bias_table.shape[1]
-    rows = min(max(16, triton.next_power_of_2(window_size**2)), MAX_ROWS[query.dtype])
     main, rest = column_blocks(head_dim)
+    rows = rows_of_tile(window_size**2, main, query.element_size())
     return {
         "query_ptr": query,
         "key_ptr": key,

@@ -1,0 +1,340 @@
+"""
+Checks of the Triton kernels, run by test_kernels.py in processes of their own: under Triton's interpreter, which has
+to be chosen before Triton is imported, and on a GPU. Memory that PyTorch leaves uninitialised is filled with NaN
+meanwhile, so that a place that no kernel writes shows.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
+
+from diffusers_localdit.conversion import load_original
+from diffusers_localdit.kernels import install_triton_kernels, ops, reference, uninstall_triton_kernels, why_not_triton
+from diffusers_localdit.kernels.processor import LocalDiTTritonAttnProcessor
+from diffusers_localdit.transformer_localdit import (
+    LocalDiTWindowAttention,
+    LocalDiTWindowAttnProcessor,
+    rotary_table,
+    window_geometry,
+)
+
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+MANY = 1 if DEVICE.type == "cpu" else 20  # the interpreter is slow
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    """Triton's interpreter patches its language at each launch, and again at each call of a function of ours."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patch_and_call = InterpretedFunction.__call__
+
+    def call(function, *args, **kwargs):
+        if function.fn.__module__.startswith("diffusers_localdit"):
+            return function.rewrite()(*args, **kwargs)
+        return patch_and_call(function, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_tensor(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def run(function, tensors: list[torch.Tensor], dtype: torch.dtype, *arguments) -> list[torch.Tensor]:
+    """Outputs, and gradients of all tensors for random gradients of the outputs."""
+    tensors = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors]
+    outputs = function(*tensors, *arguments)
+    outputs = [x for x in (outputs if isinstance(outputs, tuple) else [outputs]) if x.numel() > 0]
+    torch.autograd.backward(outputs, [random_tensor(i, *x.shape).to(x.dtype) for i, x in enumerate(outputs)])
+    return [*(x.detach() for x in outputs), *(tensor.grad for tensor in tensors)]
+
+
+def assert_same(kernel, truth, tensors, dtype, *arguments):
+    """The kernel in `dtype` against the reference in float64, both given the numbers that `dtype` can hold."""
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    actual = run(kernel, tensors, dtype, *arguments)
+    expected = run(truth, tensors, torch.float64, *arguments)
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert x.dtype == dtype
+        assert relative_error(x, y) < TOLERANCE[dtype], i
+
+
+def unpacked(function):
+    """The function given query, key and value as parts of one packed tensor."""
+    return lambda packed, *arguments: function(*packed.chunk(3, dim=-1), *arguments)
+
+
+def check_window_attention(
+    height, width, window_size, shift, heads, head_dim, batch_size=1, dtype=torch.float32, rope=True, with_maps=True
+):
+    rotary = rotary_table(height, width, head_dim, DEVICE) if rope else (None, None)
+    geometry = window_geometry(height, width, window_size, shift, rotary, DEVICE)
+    indices = (geometry.map_to_token, geometry.token_to_window)
+    length, channels = height * width, heads * head_dim
+    bias_table = random_tensor(4, (2 * window_size - 1) ** 2, heads)
+    assert_same(
+        unpacked(
+            lambda q, k, v, a, b, t: ops.local_window_attention(
+                q, k, v, a, b, t, *rotary, *indices, window_size, 1e-10, 0.5, with_maps
+            )
+        ),
+        unpacked(
+            lambda q, k, v, a, b, t: reference.local_window_attention(
+                q, k, v, a, b, t, *rotary, *indices, window_size, 1e-10, 0.5, with_maps
+            )
+        ),
+        [
+            random_tensor(1, batch_size, length, 3 * channels),
+            random_tensor(2, head_dim),
+            random_tensor(3, head_dim),
+            bias_table,
+        ],
+        dtype,
+    )
+    if with_maps:
+        map_shape = (batch_size, *geometry.map_to_token.shape, channels)
+        assert_same(
+            ops.context_window_attention,
+            reference.context_window_attention,
+            [
+                *(random_tensor(seed, *map_shape) for seed in (5, 6, 7)),
+                bias_table,
+                random_tensor(8, batch_size, length, channels),
+            ],
+            dtype,
+            *indices,
+            window_size,
+            0.5,
+        )
+
+
+@given(
+    height=st.integers(1, 6 * MANY),
+    width=st.integers(1, 5 * MANY),
+    window_size=st.integers(3, 5),
+    layer=st.integers(0, 6),
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from([8, 12, 20]),
+    batch_size=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    rope=st.booleans(),
+    with_maps=st.booleans(),
+)
+@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+def test_window_attention(height, width, window_size, layer, **arguments):
+    check_window_attention(height, width, window_size, layer % window_size, **arguments)
+
+
+@pytest.mark.parametrize(
+    "height, width, window_size, shift, heads, head_dim, dtype",
+    [
+        pytest.param(3, 4, 2, 1, 1, 8, torch.float32, id="smallest-window"),
+        pytest.param(4, 6, 4, 1, 1, 72, torch.bfloat16, id="head-in-two-blocks"),
+        pytest.param(7, 9, 8, 3, 1, 8, torch.float32, id="64-rows"),
+        pytest.param(11, 5, 11, 4, 1, 8, torch.float32, id="two-tiles"),
+        pytest.param(3, 2, 13, 12, 1, 8, torch.float16, id="three-tiles-mostly-padding"),
+    ],
+)
+def test_window_attention_of_shape(height, width, window_size, shift, heads, head_dim, dtype):
+    check_window_attention(height, width, window_size, shift, heads, head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("window_size", [2, 4, 7, 8, 16])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 80, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="too many for the interpreter")
+def test_window_attention_of_many_shapes(window_size, head_dim, dtype):
+    for shift in (0, window_size - 1):
+        check_window_attention(33, 22, window_size, shift, 3, head_dim, batch_size=2, dtype=dtype)
+
+
+@given(
+    height=st.integers(1, 9 * MANY),
+    width=st.integers(1, 5 * MANY),
+    channels=st.sampled_from([3, 70]),
+    batch_size=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+def test_depthwise_gelu(height, width, channels, batch_size, dtype):
+    tensors = [random_tensor(1, batch_size, height, width, channels), random_tensor(2, channels, 1, 3, 3)]
+    assert_same(ops.depthwise_gelu, reference.depthwise_gelu, tensors, dtype)
+
+
+def test_operators_are_well_formed():
+    geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
+    indices = (geometry.map_to_token, geometry.token_to_window)
+    tokens = [random_tensor(i, 1, 4, 8).requires_grad_() for i in range(3)]
+    maps = [random_tensor(i, 1, 2, 2, 8).requires_grad_() for i in range(3)]
+    weights = [random_tensor(i, 8).requires_grad_() for i in range(2)]
+    table = random_tensor(5, 9, 1).requires_grad_()
+    convolution = random_tensor(6, 8, 1, 3, 3).requires_grad_()
+    torch.library.opcheck(
+        ops.local_window_attention, (*tokens, *weights, table, None, None, *indices, 2, 1e-10, 1.0, True)
+    )
+    torch.library.opcheck(ops.context_window_attention, (*maps, table, tokens[0], *indices, 2, 1.0))
+    torch.library.opcheck(ops.depthwise_gelu, (maps[0], convolution))
+
+
+def test_gradients_repeat_bit_by_bit():
+    geometry = window_geometry(6, 4, 2, 1, (None, None), DEVICE)
+    tensors = [random_tensor(1, 1, 24, 24), random_tensor(2, 8), random_tensor(3, 8), random_tensor(4, 9, 1)]
+    arguments = (None, None, geometry.map_to_token, geometry.token_to_window, 2, 1e-10, 1.0, False)
+    first, second = (run(unpacked(ops.local_window_attention), tensors, torch.float32, *arguments) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+# In attention modules and whole models
+
+
+def assert_equal_with_kernels(module, set_processor, compute, tolerance: float) -> None:
+    """Compares what `compute()` returns and the gradients of the parameters, with the kernels and without."""
+    results = []
+    for processor in (LocalDiTWindowAttnProcessor(), LocalDiTTritonAttnProcessor()):
+        set_processor(processor)
+        module.zero_grad()
+        output = compute()
+        (output * random_tensor(9, *output.shape)).sum().backward()
+        results.append([output.detach(), *(x.grad for x in module.parameters() if x.grad is not None)])
+    expected, actual = results
+    # Some gradients are zero but for rounding: a bias of the keys shifts all scores of a query alike.
+    least = 0.1 * max(x.norm() for x in expected)
+    for x, y in zip(actual, expected, strict=True):
+        assert (x - y).norm() < tolerance * max(y.norm(), least)
+
+
+@pytest.mark.parametrize(
+    "use_global_context, fused, autocast, compiled",
+    [(True, False, False, False), (False, True, False, False), (True, False, True, False), (True, False, False, True)],
+    ids=["global", "fused-projections", "autocast", "compiled"],
+)
+def test_attention_equals_pytorch(use_global_context, fused, autocast, compiled):
+    torch.manual_seed(0)
+    attn = LocalDiTWindowAttention(16, 2, 3, use_global_context)
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    attn.to(DEVICE)
+    if fused:
+        attn.fuse_projections()
+    geometry = window_geometry(4, 3, 3, 2, rotary_table(4, 3, 8, DEVICE), DEVICE)
+    x = random_tensor(1, 2, 12, 16)
+    call = torch.compile(attn, fullgraph=True, backend="aot_eager") if compiled else attn
+
+    def compute():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            return call(x, geometry).float()
+
+    assert_equal_with_kernels(attn, attn.set_processor, compute, 3e-2 if autocast else 1e-5)
+
+
+def load_golden(name: str):
+    folder = GOLDEN / name
+    case = json.loads((folder / "case.json").read_text())
+    sizes = {key: case["config"][key] for key in ("window_size", "sample_size", "use_rope")}
+    model = load_original(folder / "original_with_processor.pt", **sizes)
+    tensors = load_file(folder / case["forward"][0]["file"])
+    added = {key: tensors.pop(key) for key in ("resolution", "aspect_ratio")}
+    expected = tensors.pop("sample")
+    return model.to(DEVICE), map_tensors(lambda x: x.to(DEVICE), {**tensors, "added_cond_kwargs": added}), expected
+
+
+@torch.no_grad()
+def test_model_with_kernels_meets_the_original():
+    model, inputs, expected = load_golden("window4_global")
+    install_triton_kernels(model)
+    assert relative_error(model(**inputs).sample.cpu(), expected) < 2e-6
+
+
+def test_training_gradients_equal_those_of_pytorch():
+    model = tiny_transformer(num_layers=2).to(DEVICE).train()
+    model.enable_gradient_checkpointing()
+    inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs(10, 6, batch_size=2))
+
+    def compute():
+        return torch.nn.functional.mse_loss(model(**inputs).sample, torch.ones_like(inputs["hidden_states"]))
+
+    assert_equal_with_kernels(model, model.set_attn_processor, compute, 1e-5)
+
+
+@torch.no_grad()
+def test_repeated_blocks_share_one_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, plain = tiny_transformer(num_layers=2).to(DEVICE), tiny_transformer(num_layers=2).to(DEVICE)
+    install_triton_kernels(model)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width in ((16, 8), (10, 18)):
+        inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs(height, width))
+        assert relative_error(model(**inputs).sample, plain(**inputs).sample) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_install_and_uninstall():
+    model = tiny_transformer(num_layers=1).to(DEVICE)
+    processors = {name: type(processor) for name, processor in model.attn_processors.items()}
+    assert why_not_triton(model) is None
+    install_triton_kernels(model)
+    assert isinstance(model.transformer_blocks[0].attn.processor, LocalDiTTritonAttnProcessor)
+    uninstall_triton_kernels(model)
+    assert {name: type(processor) for name, processor in model.attn_processors.items()} == processors
+
+
+@pytest.mark.parametrize(
+    "config, dtype, reason",
+    [
+        ({"window_size": 17}, torch.float32, "windows of 2 to 16"),
+        ({"attention_head_dim": 132}, torch.float32, "heads of 8 to 128"),
+        ({}, torch.float64, "not in torch.float64"),
+    ],
+    ids=["window", "head", "dtype"],
+)
+def test_refuses_with_a_reason(config, dtype, reason):
+    model = tiny_transformer(num_layers=1, **config).to(DEVICE, dtype)
+    assert reason in why_not_triton(model)
+    with pytest.raises(RuntimeError, match=reason):
+        install_triton_kernels(model)
+
+
+def test_refuses_where_another_backend_was_asked_for():
+    model = tiny_transformer(num_layers=1).to(DEVICE)
+    model.set_attention_backend("native")
+    assert "'native' was asked for" in why_not_triton(model)
+    model.reset_attention_backend()
+    assert why_not_triton(model) is None
+
+
+def test_a_call_in_an_unfit_dtype_is_refused():
+    model = tiny_transformer(num_layers=1).to(DEVICE)
+    install_triton_kernels(model)
+    inputs = map_tensors(lambda x: x.to(DEVICE, torch.float64), random_inputs())
+    with pytest.raises(RuntimeError, match="uninstall_triton_kernels"):
+        model.double()(**inputs)
+
+
+def test_weights_that_were_left_elsewhere_are_refused():
+    model = tiny_transformer(num_layers=1).to(DEVICE)
+    install_triton_kernels(model)
+    model.transformer_blocks[0].attn.norm_q.to("meta")
+    with pytest.raises(RuntimeError, match="offload whole models or blocks"):
+        model(**map_tensors(lambda x: x.to(DEVICE), random_inputs()))

@@ -1,0 +1,134 @@
+"""
+Triton kernels. What they compute is checked by kernel_checks.py, in processes under Triton's interpreter and on a GPU;
+here they are also compiled for GPUs, for which none is needed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_inputs import tiny_transformer
+
+from diffusers_localdit.kernels import install_triton_kernels, why_not_triton
+
+CHECKS = Path(__file__).parent / "kernel_checks.py"
+SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU from Ampere on
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def run_checks(**environment: str) -> None:
+    process = python("-m", "pytest", str(CHECKS), "-q", "-p", "no:cacheprovider", **environment)
+    assert process.returncode == 0, process.stdout[-20000:] + process.stderr[-2000:]
+
+
+def test_under_the_interpreter():
+    pytest.importorskip("triton")
+    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu():
+    run_checks(TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
+def test_the_package_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import diffusers_localdit
+assert not any(name.startswith("diffusers_localdit.kernels") for name in sys.modules)
+from diffusers_localdit.kernels import why_not_triton
+from transformer_inputs import tiny_transformer
+print(why_not_triton(tiny_transformer(num_layers=1)))
+"""
+    process = python("-c", program, PYTHONPATH=str(CHECKS.parent))
+    assert "Triton is not installed" in process.stdout, process.stderr
+
+
+def test_without_cuda_there_is_a_reason():
+    pytest.importorskip("triton")
+    model = tiny_transformer(num_layers=1)
+    assert "run on CUDA devices, not on 'cpu'" in why_not_triton(model)
+    with pytest.raises(RuntimeError, match="run on CUDA devices"):
+        install_triton_kernels(model)
+    assert why_not_triton(model.to("meta")) is not None
+
+
+def launches_of(monkeypatch, compute) -> list:
+    """The kernels that `compute()` launches, with their arguments, launching none."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            JITFunction,
+            "__getitem__",
+            lambda kernel, grid: (
+                lambda *args, **kwargs: launches.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs}))
+            ),
+        )
+        compute()
+    return launches
+
+
+def compile_kernel(kernel, arguments: dict, capability: int):
+    """As a launch would compile it: what is 1 becomes a constant, multiples of 16 are known to be such."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import mangle_type
+
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name.isupper() or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        signature[name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    "capability, window_size, head_dim, dtype, batch_size",
+    [(90, 4, 72, torch.bfloat16, 2), (80, 12, 128, torch.float32, 1)],
+    ids=["hopper-bf16-one-tile", "ampere-fp32-tiles"],
+)
+def test_kernels_compile_for_gpus(monkeypatch, capability, window_size, head_dim, dtype, batch_size):
+    pytest.importorskip("triton")
+    from diffusers_localdit.kernels import query_stage, window_attention
+
+    heads, side = 2, 2 * window_size
+    tokens = [torch.zeros(batch_size, side**2, heads * head_dim, dtype=dtype) for _ in range(3)]
+    token_map = torch.zeros(batch_size, side, side, heads * head_dim, dtype=dtype)
+    weight = torch.zeros(head_dim, dtype=dtype)
+    table = torch.zeros((2 * window_size - 1) ** 2, heads, dtype=dtype)
+    rotary = torch.zeros(side**2, 1, head_dim // 2)
+    preparation = window_attention.Preparation(weight, weight, rotary, rotary, 1e-10)
+    place = torch.zeros(side, side, dtype=torch.int64)
+    rest = (table, place, place.flatten(), window_size, 0.5)
+    convolution = torch.zeros(heads * head_dim, 1, 3, 3, dtype=dtype)
+
+    def compute():
+        window_attention.forward(*tokens, preparation, *rest, with_maps=True)
+        window_attention.forward(*tokens, None, *rest, residual=tokens[0])
+        window_attention.backward(tokens[0], token_map, token_map, *tokens, preparation, *rest)
+        window_attention.backward(tokens[0], None, None, *tokens, None, *rest)
+        query_stage.forward(token_map, convolution)
+        query_stage.backward(token_map, token_map[:, 0, 0], token_map, convolution)
+
+    launches = launches_of(monkeypatch, compute)
+    assert len(launches) == (9 if window_size <= 8 else 13)
+    for kernel, arguments in launches:
+        compiled = compile_kernel(kernel, arguments, capability)
+        assert compiled.metadata.shared <= SHARED_MEMORY, (kernel.__name__, compiled.metadata.shared)
