@@ -101,8 +101,11 @@ def compile_kernel(kernel, arguments: dict, capability: int):
 
 @pytest.mark.parametrize(
     "capability, window_size, head_dim, dtype, batch_size",
-    [(90, 4, 72, torch.bfloat16, 2), (80, 12, 128, torch.float32, 1)],
-    ids=["hopper-bf16-one-tile", "ampere-fp32-tiles"],
+    [
+        pytest.param(90, 4, 72, torch.bfloat16, 2, id="hopper-bf16-one-tile"),
+        pytest.param(80, 12, 128, torch.float32, 1, id="ampere-fp32-tiles", marks=pytest.mark.slow),
+        pytest.param(86, 12, 128, torch.float16, 1, id="ampere-fp16-tiles", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_compile_for_gpus(monkeypatch, capability, window_size, head_dim, dtype, batch_size):
     pytest.importorskip("triton")
