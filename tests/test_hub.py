@@ -462,7 +462,7 @@ class TestUpload:
         server.fail(place, kill)
         with pytest.raises(AssertionError):  # it dies without an answer
             killed.ask(f"hub.upload({str(changed)!r}, 'owner/tiny')")
-        assert killed.process.returncode == -signal.SIGKILL
+        assert killed.process.wait(timeout=60) == -signal.SIGKILL
         assert self.head(server) == before
 
         again = Worker(server.environment(tmp_path / "home"), tmp_path)
