@@ -25,7 +25,8 @@ def serve(
         host (`str`, defaults to `"127.0.0.1"`): Address to listen on; `"0.0.0.0"` is every one of the machine.
         port (`int`, *optional*): Port to listen on; by default the first free one from 7860.
         device (`str`, *optional*): Where to compute; the accelerator by default, if there is one, else the CPU.
-        dtype (`str`, *optional*): Of weights and computing; bfloat16 on a CUDA device by default, float32 elsewhere.
+        dtype (`str`, *optional*):
+            Of weights and computing; by default bfloat16 where the device has instructions for it, float32 elsewhere.
 
     Raises:
         `ValueError`: gradio is missing, or the model cannot be loaded.
@@ -60,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
     parser.add_argument(
-        "--dtype", choices=list(DTYPES.values()), help="default: bfloat16 on a CUDA device, float32 elsewhere"
+        "--dtype",
+        choices=list(DTYPES.values()),
+        help="default: bfloat16 where the device has instructions for it, float32 elsewhere",
     )
 
 
