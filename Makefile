@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 
 # Two workers with a thread each; a file's tests stay together, since they share what is costly to make.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
