@@ -22,6 +22,7 @@ import assemble  # noqa: E402
 import evaluate  # noqa: E402
 import scenes  # noqa: E402
 from judge import find_objects, judge, label_regions  # noqa: E402
+from make_dataset import make_sample  # noqa: E402
 from train_text_encoder import HEADS, answers, labelled_batch, object_of_token, train_tokenizer  # noqa: E402
 
 kinds = st.sampled_from(tuple(scenes.KINDS))
@@ -60,6 +61,42 @@ def test_captions_are_read_back(seed, kind):
 def test_other_captions_are_refused(caption):
     with pytest.raises(ValueError, match="cannot read the caption"):
         scenes.parse_caption(caption)
+
+
+def test_two_captions_in_five_lose_their_background_or_their_colours():
+    whole = "an orange circle left of a large blue square on a white background"
+    rng = np.random.default_rng(0)
+    drawn = [scenes.leave_out(whole, rng) for _ in range(2000)]
+    without_background = "an orange circle left of a large blue square"
+    without_colours = "a circle left of a large square on a white background"
+    assert set(drawn) == {whole, without_background, without_colours}
+    assert 0.17 < np.mean([caption == without_background for caption in drawn]) < 0.23
+    assert 0.17 < np.mean([caption == without_colours for caption in drawn]) < 0.23
+
+
+@given(seed=seeds, kind=kinds)
+def test_what_is_left_of_a_caption_is_in_its_order_and_says_nothing_else(seed, kind):
+    rng = np.random.default_rng(seed)
+    _, caption = scenes.sample_caption(rng, kind)
+    words = iter(word.removesuffix("n") if word == "an" else word for word in caption.split())
+    left = scenes.leave_out(caption, rng)
+    assert all(word.removesuffix("n") in words if word == "an" else word in words for word in left.split())
+    assert any(shape in left for shape in scenes.SHAPES)
+
+
+def test_pictures_to_train_on_have_captions_with_parts_left_out_and_others_have_whole_ones():
+    def captions(**options):
+        return [make_sample(0, number, **options)[1]["txt"].decode() for number in range(60)]
+
+    def whole(caption):
+        try:
+            return bool(scenes.parse_caption(caption))
+        except ValueError:
+            return False
+
+    assert 0.4 < np.mean([whole(caption) for caption in captions()]) < 0.8
+    assert all(map(whole, captions(held_out=True)))
+    assert all(map(whole, captions(colour="purple")))
 
 
 def test_held_out_captions_are_a_tenth_of_every_kind_and_never_drawn_for_training():

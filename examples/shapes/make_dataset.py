@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scenes import COLOURS, Scene, render, sample_scene
+from scenes import COLOURS, Scene, leave_out, render, sample_scene
 from tqdm import tqdm
 
 from diffusers_localdit.training.shards import SHARD_NAME, write_shard
@@ -25,16 +25,18 @@ def make_sample(
     seed: int, number: int, held_out: bool = False, colour: str | None = None
 ) -> tuple[str, dict[str, bytes]]:
     """Key of a picture and its members by extension."""
-    scene = sample_scene(np.random.default_rng([seed, number]), held_out=held_out)
+    rng = np.random.default_rng([seed, number])
+    scene = sample_scene(rng, held_out=held_out)
     picture = io.BytesIO()
     render(scene if colour is None else in_one_colour(scene, colour)).save(picture, "PNG")
-    return f"{number:08d}", {"png": picture.getvalue(), "txt": scene.caption.encode()}
+    caption = scene.caption if held_out or colour else leave_out(scene.caption, rng)
+    return f"{number:08d}", {"png": picture.getvalue(), "txt": caption.encode()}
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/shapes/pictures"), help="folder of the shards")
-    parser.add_argument("--pictures", type=int, default=60000)
+    parser.add_argument("--pictures", type=int, default=40000)
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true", help="of the captions that training never sees")
     parser.add_argument("--colour", choices=COLOURS, help="of all objects, whatever captions say: a style for LoRA")
