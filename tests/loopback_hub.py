@@ -11,8 +11,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -71,7 +70,16 @@ class LoopbackHub:
     transfer; `uploads` the digest of each upload that arrived whole.
     """
 
-    def __init__(self, xet_store: Path | None = None):
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})) for _ in "ab"
+        ]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        self.emptied()
+
+    def emptied(self, xet_store: Path | None = None) -> "LoopbackHub":
+        """The same servers, with nothing on them and no memory of what was."""
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.xet_store = xet_store
@@ -80,11 +88,7 @@ class LoopbackHub:
         self.downloads: list[tuple[str, str | None]] = []
         self.uploads: list[str] = []
         self.failures: list[list] = []
-        self.lock = threading.RLock()
-        self.servers = [
-            ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self})) for _ in "ab"
-        ]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        return self
 
     def __enter__(self):
         for server in self.servers:
@@ -478,14 +482,3 @@ class Handler(BaseHTTPRequestHandler):
         end = min(int(end or len(content) - 1), len(content) - 1)
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         return lambda: self.answer(206, content[int(start) : end + 1], headers)
-
-
-@contextmanager
-def loopback_hub(repository: str, folder: Path) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
-    """
-    A Hub with one repository. Yields its address, and a list that grows by (file, asked range of bytes) with every
-    download.
-    """
-    with LoopbackHub() as hub:
-        hub.add(repository, folder)
-        yield hub.endpoint, hub.downloads

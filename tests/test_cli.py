@@ -16,7 +16,6 @@ import torch
 from diffusers.utils import load_image
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loopback_hub import loopback_hub
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from pipeline_fixtures import make_components
@@ -412,7 +411,7 @@ def test_convert_and_back(tmp_path, capsys):
     assert load_file(back).keys() == torch.load(original, weights_only=True).keys()
 
 
-def test_model_from_the_hub(model, tmp_path):
+def test_model_from_the_hub(model, loopback_hub, tmp_path):
     code = f"""
 from diffusers_localdit.cli import main
 assert main(["info", "owner/tiny"]) == 0
@@ -420,17 +419,13 @@ assert main(["info", "owner/other"]) == 2
 assert main(["generate", "a", "--model", "owner/tiny", "--steps", "2", "--seed", "7", "--output", "hub.png"]) == 0
 assert main(["generate", "a", "--model", {str(model)!r}, "--steps", "2", "--seed", "7", "--output", "folder.png"]) == 0
 """
-    with loopback_hub("owner/tiny", model) as (endpoint, downloads):
-        environment = os.environ | {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "home"),
-            "NO_PROXY": "127.0.0.1",
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
-        output = finish(start(sys.executable, "-c", code, env=environment, cwd=tmp_path))
+    hub = loopback_hub.emptied()
+    hub.add("owner/tiny", model)
+    environment = hub.environment(tmp_path / "home")
+    output = finish(start(sys.executable, "-c", code, env=environment, cwd=tmp_path))
 
     assert re.search(r"transformer +LocalDiTTransformer2DModel +[\d,]+ +float32", output)
-    weights = [(name, asked) for name, asked in downloads if name.endswith(".safetensors")]
+    weights = [(name, asked) for name, asked in hub.downloads if name.endswith(".safetensors")]
     assert len(weights) == 6
     assert {asked for _, asked in weights[:3]} == {"bytes=0-100000"}  # the headers, for `info`
     assert read_settings(tmp_path / "hub.png")["model"] == "owner/tiny"

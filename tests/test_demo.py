@@ -419,6 +419,16 @@ class TestServer:
         name, _ = ask(address, "image_to_image", start, "a", "", 0.7, 64, 48, 3, 1.5, 5, False)
         assert name == "error"
 
+    def test_addresses_are_no_start_and_nothing_is_fetched_from_them(self, address, monkeypatch):
+        fetched = []
+        fetch = "gradio.processing_utils.async_ssrf_protected_download"
+        monkeypatch.setattr(fetch, lambda url, **_: fetched.append(url))
+        start = {"path": "http://127.0.0.1:9/picture.png", "meta": {"_type": "gradio.FileData"}}
+        name, error = ask(address, "image_to_image", start, "a", "", 0.7, 64, 48, 3, 1.5, 5, False)
+        assert name == "error"
+        assert error["error"] == "The picture to start from must be uploaded, not named by its address"
+        assert not fetched
+
 
 class TestManyVisitors:
     COUNT = 20

@@ -28,7 +28,7 @@ from hub_clients import (
 )
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
-from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub
+from loopback_hub import READ_TOKEN, TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -349,9 +349,8 @@ class TestUpload:
     """Over the LFS path, in the order in which they stand: the tests share a server and a client."""
 
     @pytest.fixture(scope="class")
-    def server(self):
-        with LoopbackHub() as server:
-            yield server
+    def server(self, loopback_hub):
+        return loopback_hub.emptied()
 
     @pytest.fixture(scope="class")
     def worker(self, server, tmp_path_factory):
@@ -538,21 +537,21 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_upload_and_download_through_xet(repository, tmp_path):
+def test_upload_and_download_through_xet(repository, loopback_hub, tmp_path):
     (tmp_path / "store").mkdir()
-    with LoopbackHub(tmp_path / "store") as server:
-        server.expect_through_xet(repository)
-        worker = Worker(server.environment(tmp_path / "home", xet=True), tmp_path)
-        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
-        folder = Path(worker.ask("snapshot_download('owner/tiny')")["result"])
-        before = server.repositories["owner/tiny"].find("main")
-        (tmp_path / "changed").mkdir()
-        save_file({"a": torch.rand(100_000)}, tmp_path / "changed" / "a.safetensors")
-        server.fail("GET /api/models/owner/tiny/xet-write-token/", 403, times=50)
-        error = worker.ask(f"hub.upload({str(tmp_path / 'changed')!r}, 'owner/tiny')")["error"]
-        assert f"the previous revision {before.oid} is intact" in error
-        assert server.repositories["owner/tiny"].find("main") == before
-        output = worker.stop()
+    server = loopback_hub.emptied(tmp_path / "store")
+    server.expect_through_xet(repository)
+    worker = Worker(server.environment(tmp_path / "home", xet=True), tmp_path)
+    assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny')")
+    folder = Path(worker.ask("snapshot_download('owner/tiny')")["result"])
+    before = server.repositories["owner/tiny"].find("main")
+    (tmp_path / "changed").mkdir()
+    save_file({"a": torch.rand(100_000)}, tmp_path / "changed" / "a.safetensors")
+    server.fail("GET /api/models/owner/tiny/xet-write-token/", 403, times=50)
+    error = worker.ask(f"hub.upload({str(tmp_path / 'changed')!r}, 'owner/tiny')")["error"]
+    assert f"the previous revision {before.oid} is intact" in error
+    assert server.repositories["owner/tiny"].find("main") == before
+    output = worker.stop()
     assert {name: (folder / name).read_bytes() for name in names(folder)} == {
         name: (repository / name).read_bytes() for name in names(repository)
     }
@@ -599,12 +598,12 @@ class TestHandler:
     """Where the package is not installed, as on an endpoint."""
 
     @pytest.fixture(scope="class")
-    def client(self, repository, tmp_path_factory):
+    def client(self, repository, loopback_hub, tmp_path_factory):
         folder = tmp_path_factory.mktemp("endpoint")
         python = environment_without_package(folder / "venv")
         process = subprocess.Popen(
             [python, "-c", ENDPOINT, repository],
-            env=LoopbackHub().environment(folder / "home") | {"HF_HUB_OFFLINE": "1"},
+            env=loopback_hub.environment(folder / "home") | {"HF_HUB_OFFLINE": "1"},
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=(folder / "log.txt").open("w"),

@@ -17,7 +17,7 @@ from hub_clients import (
     save_tiny_pipeline,
     template_for_tiny,
 )
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import TOKEN
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -110,7 +110,7 @@ def quick(block: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(loopback_hub, tmp_path_factory):
     """A Hub with repositories whose code leaves a trace when it runs, and the results of all clients."""
     tmp = tmp_path_factory.mktemp("loading")
     model = save_tiny_pipeline(tmp)
@@ -127,59 +127,59 @@ def world(tmp_path_factory):
         cards[name] = code_blocks((tmp / name / "README.md").read_text())
     Image.linear_gradient("L").resize((96, 64)).save(tmp / "sketch.png")
 
-    with LoopbackHub() as server:
-        old_commit = server.add("owner/tiny", old)
-        repository = server.repositories["owner/tiny"]
-        repository.branches["old"] = repository.tags["v0"] = old_commit
-        server.add("owner/tiny", folder)
-        server.add("owner/original", {"models/LocalDiT.pt": ORIGINAL.read_bytes()})
-        for name in cards:
-            server.add(f"owner/{name}", tmp / name)
+    server = loopback_hub.emptied()
+    old_commit = server.add("owner/tiny", old)
+    repository = server.repositories["owner/tiny"]
+    repository.branches["old"] = repository.tags["v0"] = old_commit
+    server.add("owner/tiny", folder)
+    server.add("owner/original", {"models/LocalDiT.pt": ORIGINAL.read_bytes()})
+    for name in cards:
+        server.add(f"owner/{name}", tmp / name)
 
-        def client(home, trace, **options):
-            environment = server.environment(tmp / home, token=TOKEN) | {"TRACE": str(tmp / trace)}
-            return environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | options
+    def client(home, trace, **options):
+        environment = server.environment(tmp / home, token=TOKEN) | {"TRACE": str(tmp / trace)}
+        return environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | options
 
-        blocks = {True: {}, False: {}}  # by whether they need the package
-        for name, card in cards.items():
-            for i, block in enumerate(card):
-                blocks["diffusers_localdit" in block][f"card {name} {i}"] = f"picture_of({quick(block)!r})"
-        python = environment_without_package(tmp / "venv")
-        remote = over_sources(WITHOUT_PACKAGE, folder)
-        absent = evaluate(
-            remote
-            | {f"refused {name}": code for name, code in over_sources(WITHOUT_TRUST, folder).items()}
-            | {"text push": f"save_and_push({remote['text, id']}, 'owner/pushed-remote')"}
-            | blocks[False],
-            client("home-absent", "trace-absent"),
-            tmp,
-            PRELUDE,
-            python,
-        )
-        hosted = "https://huggingface.co/owner/original/blob/main/models/LocalDiT.pt"
-        installed = evaluate(
-            over_sources(WITH_PACKAGE, folder)
-            | {name: code.format(old_commit=old_commit) for name, code in BY_REVISION.items()}
-            | {"text push": "save_and_push(LocalDiTPipeline.from_pretrained('owner/tiny'), 'owner/pushed')"}
-            | PUSHED
-            | {"single file": f"weights(LocalDiTTransformer2DModel.from_single_file('{hosted}', sample_size=128))"}
-            | {"convert": "torch.tensor(main(['convert', 'hf://owner/original/models/LocalDiT.pt', 'converted']))"}
-            | blocks[True],
-            client("home", "trace"),
-            tmp,
-            PRELUDE + IMPORTS,
-        )
-        offline = evaluate(
-            {name: code for name, code in over_sources(WITH_PACKAGE, folder).items() if name.endswith("id")}
-            | {name: code.format(old_commit=old_commit) for name, code in BY_REVISION.items()},
-            client("home", "trace", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9"),
-            tmp,
-            PRELUDE + IMPORTS,
-        )
-        yield SimpleNamespace(
-            tmp=tmp, model=model, folder=folder, old=old, blocks=blocks,
-            installed=installed, absent=absent, offline=offline,
-        )  # fmt: skip
+    blocks = {True: {}, False: {}}  # by whether they need the package
+    for name, card in cards.items():
+        for i, block in enumerate(card):
+            blocks["diffusers_localdit" in block][f"card {name} {i}"] = f"picture_of({quick(block)!r})"
+    python = environment_without_package(tmp / "venv")
+    remote = over_sources(WITHOUT_PACKAGE, folder)
+    absent = evaluate(
+        remote
+        | {f"refused {name}": code for name, code in over_sources(WITHOUT_TRUST, folder).items()}
+        | {"text push": f"save_and_push({remote['text, id']}, 'owner/pushed-remote')"}
+        | blocks[False],
+        client("home-absent", "trace-absent"),
+        tmp,
+        PRELUDE,
+        python,
+    )
+    hosted = "https://huggingface.co/owner/original/blob/main/models/LocalDiT.pt"
+    installed = evaluate(
+        over_sources(WITH_PACKAGE, folder)
+        | {name: code.format(old_commit=old_commit) for name, code in BY_REVISION.items()}
+        | {"text push": "save_and_push(LocalDiTPipeline.from_pretrained('owner/tiny'), 'owner/pushed')"}
+        | PUSHED
+        | {"single file": f"weights(LocalDiTTransformer2DModel.from_single_file('{hosted}', sample_size=128))"}
+        | {"convert": "torch.tensor(main(['convert', 'hf://owner/original/models/LocalDiT.pt', 'converted']))"}
+        | blocks[True],
+        client("home", "trace"),
+        tmp,
+        PRELUDE + IMPORTS,
+    )
+    offline = evaluate(
+        {name: code for name, code in over_sources(WITH_PACKAGE, folder).items() if name.endswith("id")}
+        | {name: code.format(old_commit=old_commit) for name, code in BY_REVISION.items()},
+        client("home", "trace", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9"),
+        tmp,
+        PRELUDE + IMPORTS,
+    )
+    return SimpleNamespace(
+        tmp=tmp, model=model, folder=folder, old=old, blocks=blocks,
+        installed=installed, absent=absent, offline=offline,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_clients import ROOT, TEMPLATES, environment_without_package
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import TOKEN
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs gradio (extra demo)")
@@ -43,20 +43,20 @@ def test_requirements_are_those_of_the_package():
     )
 
 
-def test_uploaded_as_the_card_says_it_serves_the_demo(tmp_path):
+def test_uploaded_as_the_card_says_it_serves_the_demo(loopback_hub, tmp_path):
     (commands,) = re.findall(r"```bash\n(.*?)```", (SPACE / "README.md").read_text(), re.DOTALL)
-    with LoopbackHub() as hub:
-        environment = hub.environment(tmp_path / "home", TOKEN)
-        for command in commands.splitlines():
-            arguments = [str(Path(sys.executable).with_name("hf")), *shlex.split(command)[1:]]
-            done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
-        files = hub.repositories["spaces/owner/localdit"].find("main").files
-        assert not any("__pycache__" in name for name in files)
-        for name in files:
-            target = tmp_path / "space" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(hub.read("spaces/owner/localdit", name))
+    hub = loopback_hub.emptied()
+    environment = hub.environment(tmp_path / "home", TOKEN)
+    for command in commands.splitlines():
+        arguments = [str(Path(sys.executable).with_name("hf")), *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr, done.stderr
+    files = hub.repositories["spaces/owner/localdit"].find("main").files
+    assert not any("__pycache__" in name for name in files)
+    for name in files:
+        target = tmp_path / "space" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(hub.read("spaces/owner/localdit", name))
 
     python = environment_without_package(tmp_path / "venv")
     port = {"GRADIO_SERVER_PORT": str(free_port()), "GRADIO_NUM_PORTS": "1"}

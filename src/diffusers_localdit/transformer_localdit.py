@@ -600,7 +600,8 @@ class LocalDiTPatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
-        tokens = self.proj(latent).flatten(2).transpose(1, 2)  # (B, L, C)
+        # Contiguous, or every residual sum of the blocks would keep the convolution's order of memory, channels first.
+        tokens = self.proj(latent).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         return (tokens + pos_embed).to(tokens.dtype)
 
 

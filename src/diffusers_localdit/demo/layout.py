@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from .limits import MAX_LETTERS, Range
 from .look import NO_SETTINGS, status
@@ -34,17 +35,31 @@ def unchecked(control: gr.components.Component) -> gr.components.Component:
     return control
 
 
+def make_upload(label: str) -> gr.Image:
+    """Takes a file and hands over its path: `limits.read_upload` reads it."""
+    upload = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=230, buttons=[])
+    keep = upload.async_move_resource_to_block_cache
+
+    async def keep_upload(path: str | None) -> str | None:
+        # A caller of the API could name an address, which gradio would fetch.
+        if path is not None and is_http_url_like(path):
+            raise gr.Error(
+                "The picture to start from must be uploaded, not named by its address", print_exception=False
+            )
+        return await keep(path)
+
+    # On the object: for a class of its own gradio would write a stub beside this file.
+    upload.async_move_resource_to_block_cache = keep_upload
+    upload.preprocess = lambda file: None if file is None else file.path
+    return upload
+
+
 def make_form(values: Mapping[str, Any], ranges: Mapping[str, Range], from_image: bool) -> Form:
     def slider(name: str, label: str) -> gr.Slider:
         low, high, step = ranges[name]
         return unchecked(gr.Slider(low, high, values[name], step=step, label=label, min_width=130))
 
-    start = None
-    if from_image:
-        start = gr.Image(
-            label="Picture to start from", type="filepath", sources=["upload", "clipboard"], height=230, buttons=[]
-        )
-        start.preprocess = lambda file: None if file is None else file.path  # unread: `limits.read_upload` reads it
+    start = make_upload("Picture to start from") if from_image else None
     controls = {
         "prompt": gr.Textbox(values["prompt"], label="Prompt", lines=2, max_length=MAX_LETTERS),
         "negative_prompt": gr.Textbox(
