@@ -16,6 +16,7 @@ from diffusers_localdit.training.settings import PRESETS, TrainingSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 
+import accuracy_curve
 import compare_siblings
 import siblings
 
@@ -96,3 +97,28 @@ def test_runs_are_read_as_they_were_validated(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     trained = read_transformer(str(run))
     assert compare_siblings.loss_of(trained, run) == pytest.approx(losses[-1], rel=1e-6)
+
+
+@pytest.mark.usefixtures("own_process_as_before")
+def test_accuracy_curve_judges_the_averages_of_the_checkpoints_in_their_order(tmp_path, monkeypatch, capsys):
+    data, run = write_shard(tmp_path / "data"), tmp_path / "run"
+    changes = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 9, "architecture": json.dumps(TINY)}
+    assert siblings.main(["window_global", *arguments(data, run, **changes)]) == 0
+    judged = []
+
+    def accuracies(transformer, pictures):
+        judged.append(transformer.proj_out.weight.detach().clone())
+        return [10.0 * len(judged)] * 5
+
+    monkeypatch.setattr(accuracy_curve, "accuracies", accuracies)
+    accuracy_curve.main([str(run), "--every", "2", "--plot", str(tmp_path / "plot.png")])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" |")[:2] for line in said[-2:]] == [["| 2", " 10.0%"], ["| 3", " 20.0%"]]
+    for step, weight in zip((2, 3), judged, strict=True):
+        folder = run / "checkpoints" / f"step_{step:08d}" / "transformer"
+        average = LocalDiTTransformer2DModel.from_pretrained(folder, variant="ema")
+        assert weight.equal(average.proj_out.weight)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        accuracy_curve.main([str(tmp_path / "data")])
+    assert "there are no checkpoints in" in capsys.readouterr().err
