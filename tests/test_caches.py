@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline
 
@@ -18,18 +23,18 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def draw(pipe):
-    """Final latents, and how often attention and feed-forward of the last block ran."""
+    """Final latents, and for how many rows of batches attention and feed-forward of the last block ran."""
 
     def draw_and_count() -> tuple[torch.Tensor, int]:
         calls = []
         block = pipe.transformer.transformer_blocks[-1]
         modules = (block.attn.to_out[0], block.cross_attn.to_q, block.ff.net[0])
-        handles = [module.register_forward_pre_hook(lambda *args: calls.append(1)) for module in modules]
+        handles = [module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0]))) for module in modules]
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
         latents = pipe(PROMPTS, guidance_scale=1.5, generator=generators, output_type="latent").images
         for handle in handles:
             handle.remove()
-        return latents, len(calls)
+        return latents, sum(calls)
 
     return draw_and_count
 
@@ -39,7 +44,7 @@ def exact(draw):
     return draw()
 
 
-@pytest.mark.parametrize("cache", ["first block", "taylor", "pyramid"])
+@pytest.mark.parametrize("cache", ["first block", "taylor", "pyramid", "faster"])
 def test_less_work_and_nearly_the_same_picture(cache, pipe, draw, exact):
     config = {
         "first block": FirstBlockCacheConfig(threshold=0.1),
@@ -47,6 +52,12 @@ def test_less_work_and_nearly_the_same_picture(cache, pipe, draw, exact):
         "pyramid": PyramidAttentionBroadcastConfig(
             cross_attention_block_skip_range=2,
             cross_attention_block_identifiers=(r"transformer_blocks.*\.cross_attn$",),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        ),
+        "faster": FasterCacheConfig(
+            unconditional_batch_skip_range=2,
+            spatial_attention_block_identifiers=(r"transformer_blocks.*\.attn$",),
+            tensor_format="BCHW",
             current_timestep_callback=lambda: pipe.current_timestep,
         ),
     }[cache]

@@ -225,6 +225,19 @@ def test_step_cache_embeds_text_and_sizes_once(model):
         handle.remove()
 
 
+def test_one_row_of_sizes_does_for_a_batch_and_the_step_cache_for_half_of_it(model):
+    """As FasterCache leaves out the unconditional half of the batch in some steps."""
+    inputs = random_inputs()
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        sizes = map_tensors(lambda rows: rows[:1], inputs.pop("added_cond_kwargs"))
+        step_cache = model.make_step_cache()
+        for rows in (slice(None), slice(1, None), slice(None)):
+            part = map_tensors(lambda tensor, rows=rows: tensor[rows], inputs)
+            sample = model(**part, added_cond_kwargs=sizes, step_cache=step_cache).sample
+            torch.testing.assert_close(sample, expected[rows], rtol=1e-5, atol=1e-6)
+
+
 def test_step_cache_takes_no_part_in_training(model):
     step_cache = model.make_step_cache()
     for _ in range(2):

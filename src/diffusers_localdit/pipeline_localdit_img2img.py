@@ -493,14 +493,13 @@ class LocalDiTImg2ImgPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             latents = torch.cat([latents, latents])
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
             prompt_attention_mask = torch.cat([negative_prompt_attention_mask, prompt_attention_mask])
-        batch_size = latents.shape[0]
 
         with self.transformer.cache_context("cond_uncond"):
             noise_pred = self.transformer(
                 self.scheduler.scale_model_input(latents, timestep).to(self.transformer.dtype),
                 encoder_hidden_states=prompt_embeds.to(self.transformer.dtype),
-                timestep=timestep.expand(batch_size),
-                added_cond_kwargs={name: value.expand(batch_size, -1) for name, value in added_cond_kwargs.items()},
+                timestep=timestep.expand(latents.shape[0]),
+                added_cond_kwargs=added_cond_kwargs,  # one row for all: FasterCache leaves out half of the batch
                 encoder_attention_mask=prompt_attention_mask,
                 attention_kwargs=self.attention_kwargs,
                 step_cache=step_cache,

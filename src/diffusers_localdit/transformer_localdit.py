@@ -381,7 +381,8 @@ class LocalDiTCrossAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
-        key, value = once(step_cache, attn, lambda: self._project_text(attn, encoder_hidden_states))
+        batch_size = encoder_hidden_states.shape[0]
+        key, value = once(step_cache, (attn, batch_size), lambda: self._project_text(attn, encoder_hidden_states))
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
@@ -730,13 +731,13 @@ class LocalDiTTransformer2DModel(
 
         def embed_sizes() -> torch.Tensor:
             embeddings = [
-                embed(embedder.additional_condition_proj(added_cond_kwargs[name].flatten()).to(dtype))
-                for name, embed in (
-                    ("resolution", embedder.resolution_embedder),
-                    ("aspect_ratio", embedder.aspect_ratio_embedder),
+                embed(embedder.additional_condition_proj(sizes.flatten()).to(dtype)).reshape(sizes.shape[0], -1)
+                for sizes, embed in (
+                    (added_cond_kwargs["resolution"], embedder.resolution_embedder),
+                    (added_cond_kwargs["aspect_ratio"], embedder.aspect_ratio_embedder),
                 )
             ]
-            return torch.cat([embedding.reshape(timestep.shape[0], -1) for embedding in embeddings], dim=1)  # (B, C)
+            return torch.cat(embeddings, dim=1)  # (B, C) or (1, C)
 
         embedded_timestep = embedder.timestep_embedder(embedder.time_proj(timestep).to(dtype))
         embedded_timestep = embedded_timestep + once(step_cache, "sizes", embed_sizes)
@@ -799,7 +800,8 @@ class LocalDiTTransformer2DModel(
             timestep (`torch.Tensor` of shape `(batch,)`): Denoising timesteps, 0 to 999.
             added_cond_kwargs (`dict[str, torch.Tensor]`):
                 `resolution` of shape `(batch, 2)`: height and width in image pixels; `aspect_ratio` of shape
-                `(batch, 1)`: width / height, as LocalDiT was trained (PixArt's pipelines use height / width).
+                `(batch, 1)`: width / height, as LocalDiT was trained (PixArt's pipelines use height / width). One row
+                does for a batch of one size.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, text_tokens)`, *optional*):
                 1 for text tokens to attend to, 0 for those to leave out (by adding -10000 to their scores).
             attention_kwargs (`dict`, *optional*): `scale` sets the weight of LoRA layers.
@@ -837,7 +839,10 @@ class LocalDiTTransformer2DModel(
         modulation, embedded_timestep = self._embed_timestep(
             timestep, added_cond_kwargs, hidden_states.dtype, step_cache
         )
-        text = once(step_cache, "text", lambda: self.caption_projection(encoder_hidden_states))  # (B, T, C)
+        # By batch size, since FasterCache leaves out the unconditional half of the batch in some steps.
+        text = once(
+            step_cache, ("text", len(timestep)), lambda: self.caption_projection(encoder_hidden_states)
+        )  # (B, T, C)
         if encoder_attention_mask is not None:
             encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * MASK_VALUE
             encoder_attention_mask = encoder_attention_mask[:, None, None, :]  # (B, 1, 1, T)
