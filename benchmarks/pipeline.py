@@ -146,7 +146,10 @@ def cache_settings(pipe: DiffusionPipeline, steps: int, draw: Callable[[], Any])
         },
         "FasterCache": {
             f"unconditional {skip}": FasterCacheConfig(
-                unconditional_batch_skip_range=skip, tensor_format="BCHW", current_timestep_callback=timestep
+                unconditional_batch_skip_range=skip,
+                spatial_attention_block_identifiers=(r"transformer_blocks.*\.attn$",),
+                tensor_format="BCHW",
+                current_timestep_callback=timestep,
             )
             for skip in (2, 5)
         },
