@@ -19,8 +19,8 @@ from diffusers_localdit.png_settings import read_settings
 from diffusers_localdit.precision import why_not_int8
 from diffusers_localdit.streaming import stream_text_encoder
 
-# Encodes with the streamed and with the loaded text encoder, and prints how many bytes of its own each made the process
-# hold at most, looked at after every operation. Pages of files are the system's.
+# Encodes with the streamed and with the loaded text encoder, and prints how many bytes of its own each made the
+# process hold at most, looked at after every operation. Pages of files are the system's.
 ENCODE = """
 import json, re, sys
 import torch
