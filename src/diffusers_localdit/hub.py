@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import string
 import subprocess
@@ -32,6 +33,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    metadata_load,
     parse_local_safetensors_file_metadata,
 )
 from huggingface_hub.utils import filter_repo_objects
@@ -81,7 +83,7 @@ def assemble(
     variants: Collection[str] = (),
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """
     Make the folder that becomes a repository. Only safetensors files, configurations, vocabularies and the pictures in
     `images` are taken over.
@@ -112,6 +114,9 @@ def assemble(
         overwrite (`bool`, defaults to `False`):
             Whether an `output` that exists is replaced, once the new one is complete.
 
+    Returns:
+        `list[dict[str, Any]]`: The card's examples whose pictures `model` does not have. The card does without these.
+
     Raises:
         `ValueError`: A part is missing, does not fit, or contradicts the template. Nothing is left at `output`.
     """
@@ -129,7 +134,9 @@ def assemble(
         _add_template(folder, template)
         for name, source in REMOTE_CODE.items():
             shutil.copyfile(PACKAGE / source, folder / name)
+        missing = _leave_out_missing_pictures(folder / "README.md")
         _fill_in_card(folder / "README.md", repo_id)
+    return missing
 
 
 def verify(folder: str | os.PathLike) -> None:
@@ -310,6 +317,20 @@ def _add_template(folder: Path, template: Path) -> None:
             _require_agreement(target, path)
 
 
+def _leave_out_missing_pictures(card: Path) -> list[dict[str, Any]]:
+    """Takes pictures that are not there out of the card's examples, and returns these examples."""
+    widget = (metadata_load(card) or {}).get("widget", [])
+    examples = [example for example in widget if "output" in example]
+    missing = [example for example in examples if not (card.parent / example["output"]["url"]).exists()]
+    text = card.read_text(encoding="utf-8")
+    for example in missing:
+        text = text.replace(f"  output:\n    url: {example['output']['url']}\n", "")
+    if len(missing) == len(examples):
+        text = text.replace("<Gallery />\n", "")
+    card.write_text(text, encoding="utf-8")
+    return missing
+
+
 def _fill_in_card(card: Path, repo_id: str) -> None:
     folder = card.parent
     weights = [path for path in folder.glob("*/*.safetensors") if MAIN_WEIGHTS.fullmatch(path.name)]
@@ -384,7 +405,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.dry_run:
         _require_login()  # before the hours that a large model takes
     with _output_folder(args.output, model) as output:
-        assemble(
+        missing = assemble(
             model,
             output,
             args.repo_id,
@@ -394,6 +415,12 @@ def run(args: argparse.Namespace) -> None:
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             variants=args.variant,
         )
+        for example in missing:
+            negative_prompt = example.get("parameters", {}).get("negative_prompt", "")
+            command = ["localdit", "generate", example["text"], "--negative-prompt", negative_prompt]
+            command += ["--model", str(model), "--output", str(model / example["output"]["url"])]
+            advice = f"to have it, make it and publish again: {shlex.join(command)}"
+            print(f"no picture for the card; {advice}", file=sys.stderr)
         files = [path for path in sorted(output.rglob("*")) if path.is_file()]
         for path in files:
             print(f"{path.stat().st_size:>16,}  {path.relative_to(output).as_posix()}")
