@@ -296,6 +296,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    earlier = [row for path in args.earlier for row in json.loads(path.read_text().splitlines()[-1])["rows"]]
     rows = []
     for height, width in args.sizes:
         for batch_size in args.batches:
@@ -303,7 +304,7 @@ def main(args: argparse.Namespace) -> None:
                 rows += measure(height, width, batch_size, mode, args)
                 print(markdown(rows[-len(args.models) :]), flush=True)
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot(earlier + rows, args.plot)
     settings = {"layers": args.layers, "cpu_time": args.cpu_time, "dtype": str(args.dtype), "device": str(args.device)}
     print(json.dumps({**settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
 
@@ -329,6 +330,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.accelerator.current_accelerator() or "cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--plot", type=Path, help="picture to write (needs matplotlib)")
+    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="outputs of runs to plot as well")
     args = parser.parse_args()
     args.device = torch.device(args.device)
     if args.cpu_time:
