@@ -24,7 +24,8 @@ def take(browser: Browser, address: str, width: int) -> Image.Image:
     page.get_by_label("Seed", exact=True).fill(SEED)
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("status").filter(has_text="Done").wait_for(timeout=0)
-    page.wait_for_load_state("networkidle")
+    # Not "networkidle": the page keeps a connection open.
+    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     page.evaluate("document.activeElement.blur()")
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True, animations="disabled")))
     page.close()

@@ -52,7 +52,7 @@ CSS = """
 """
 
 NO_SETTINGS = "<p>The settings of the picture will be here.</p>"
-LONG_SETTINGS = ("prompt", "negative_prompt", "image")
+LONG_SETTINGS = ("prompt", "negative_prompt", "image", "scheduler")
 UNSHOWN_SETTINGS = ("image_sha256", "version")
 
 
