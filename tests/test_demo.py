@@ -159,7 +159,7 @@ class TestPainter:
     def test_steps_and_then_the_picture_of_the_pipeline(self, painter):
         *steps, picture = painter.paint(SETTINGS)
         assert steps == [Step(1, 3), Step(2, 3), Step(3, 3)]
-        pipe = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL)
+        pipe = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
         generator = torch.Generator().manual_seed(5)
         sizes = {"width": 64, "height": 48}
         (expected,) = pipe(

@@ -283,8 +283,8 @@ class TestGuidance:
         for call in transformer_calls:
             assert call["sample"].shape == (2, 4, 8, 12)
             conditions = call["added_cond_kwargs"]
-            assert conditions["resolution"].tolist() == [[64, 96]] * 2
-            assert conditions["aspect_ratio"].tolist() == [[1.5]] * 2
+            assert conditions["resolution"].tolist() == [[64, 96]]
+            assert conditions["aspect_ratio"].tolist() == [[1.5]]
 
 
 class TestPrompts:
@@ -601,7 +601,7 @@ class TestBinning:
         assert latents_of(binned, **arguments).shape[-2:] == (height // 8, width // 8)
         for shape, conditions in calls:
             assert shape[-2:] == (height // 8, width // 8)
-            assert conditions["resolution"].tolist() == [[height, width]] * 2
+            assert conditions["resolution"].tolist() == [[height, width]]
 
     def test_off_by_default(self, binned):
         assert latents_of(binned, height=192, width=256).shape[-2:] == (24, 32)

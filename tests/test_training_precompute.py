@@ -322,15 +322,16 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 def test_the_recipe_of_shapes_writes_shards(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SHAPES_RECIPE))
     import make_dataset
-    from scenes import is_held_out, render, sample_scene
+    from scenes import is_held_out, leave_out, render, sample_scene
 
     make_dataset.main(["--output", str(tmp_path), "--pictures", "25", "--samples-per-shard", "10"])
     source = open_source(str(tmp_path))
     assert len(source) == 25
     for number in range(25):
         sample = source.read(number)
-        scene = sample_scene(np.random.default_rng([0, number]))
-        assert sample.caption == scene.caption and not is_held_out(sample.caption)
+        rng = np.random.default_rng([0, number])
+        scene = sample_scene(rng)
+        assert sample.caption == leave_out(scene.caption, rng) and not is_held_out(scene.caption)
         assert np.array_equal(decode(sample.picture), render(scene))
 
 
