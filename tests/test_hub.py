@@ -264,7 +264,7 @@ class TestPublish:
         monkeypatch.setattr(hub, "verify", lambda folder: None)
         assert main([*arguments, "--dry-run"]) == 0
         lines = capsys.readouterr().err.splitlines()
-        commands = [shlex.split(line.split(": ", 1)[1])[1:] for line in lines if line.startswith("no picture")]
+        commands = [shlex.split(line.split(": ", 1)[1])[1:] for line in lines if line.startswith("to have it")]
         assert len(commands) == 3
         for command in commands:
             assert main([*command, "--steps", "2"]) == 0

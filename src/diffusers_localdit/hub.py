@@ -416,11 +416,13 @@ def run(args: argparse.Namespace) -> None:
             variants=args.variant,
         )
         for example in missing:
-            negative_prompt = example.get("parameters", {}).get("negative_prompt", "")
-            command = ["localdit", "generate", example["text"], "--negative-prompt", negative_prompt]
-            command += ["--model", str(model), "--output", str(model / example["output"]["url"])]
-            advice = f"to have it, make it and publish again: {shlex.join(command)}"
-            print(f"no picture for the card; {advice}", file=sys.stderr)
+            picture = model / example["output"]["url"]
+            print(f"no picture for the card: {picture}", file=sys.stderr)
+            if (model / "text_encoder").exists():
+                negative_prompt = example.get("parameters", {}).get("negative_prompt", "")
+                command = ["localdit", "generate", example["text"], "--negative-prompt", negative_prompt]
+                command += ["--model", str(model), "--output", str(picture)]
+                print(f"to have it, make it and publish again: {shlex.join(command)}", file=sys.stderr)
         files = [path for path in sorted(output.rglob("*")) if path.is_file()]
         for path in files:
             print(f"{path.stat().st_size:>16,}  {path.relative_to(output).as_posix()}")
