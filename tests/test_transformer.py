@@ -206,6 +206,21 @@ def test_nothing_is_larger_than_the_hidden_states(monkeypatch):
     assert largest == 64 * 64 * 24
 
 
+def test_hidden_states_lie_contiguous_in_all_blocks(model):
+    """Token by token. Else each sum, norm and modulation of each block makes strided passes over memory."""
+    orders = []
+    handles = [
+        block.register_forward_hook(lambda module, args, output: orders.append((args[0].stride(), output.stride())))
+        for block in model.transformer_blocks
+    ]
+    with torch.no_grad():
+        model(**random_inputs())
+    for handle in handles:
+        handle.remove()
+    contiguous = (8 * 8 * 24, 24, 1)
+    assert orders == [(contiguous, contiguous)] * 5
+
+
 def test_step_cache_embeds_text_and_sizes_once(model):
     text = random_inputs()
     del text["hidden_states"], text["timestep"]
