@@ -154,14 +154,16 @@ def natten(problem: Problem):
 CONTENDERS = {"triton": triton, "sdpa": sdpa, "sdpa-compiled": sdpa, "plain": plain, "flex": flex, "natten": natten}
 
 
+def modes(name: str, problem: Problem) -> tuple[str, ...]:
+    """FlexAttention has no backward pass on a CPU."""
+    return ("forward",) if name == "flex" and problem.device.type == "cpu" else ("forward", "backward")
+
+
 def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
     """Why a contender cannot run here."""
-    on_gpu = problem.device.type == "cuda"
     padded = problem.geometry.map_to_token.numel() > problem.height * problem.width
     if name == "triton":
         return why_not_tensor(problem.bias_table) if importlib.util.find_spec("triton") else "Triton is not installed."
-    if name in ("sdpa-compiled", "flex") and not on_gpu:
-        return "Compiled for GPUs only."
     if name == "flex" and padded:
         return "Padding tokens, which take part, are not among the tokens that it sees."
     if name == "natten" and importlib.util.find_spec("natten") is None:
@@ -173,14 +175,17 @@ def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
 
 def check(name: str, function, problem: Problem, inputs: list[torch.Tensor], dtype_name: str) -> None:
     """Output and gradients against the reference in float64; refuses to go on if they differ."""
+    with_gradients = "backward" in modes(name, problem)
     doubles = [x.detach().double().requires_grad_() for x in inputs]
-    gradient = problem.random(*problem.shape)
     expected = plain(problem)(*doubles)
-    actual = function(*inputs)
+    with torch.set_grad_enabled(with_gradients):
+        actual = function(*inputs)
     pairs = [(actual, expected)]
-    pairs += zip(
-        torch.autograd.grad(actual, inputs, gradient), torch.autograd.grad(expected, doubles, gradient.double())
-    )
+    if with_gradients:
+        gradient = problem.random(*problem.shape)
+        pairs += zip(
+            torch.autograd.grad(actual, inputs, gradient), torch.autograd.grad(expected, doubles, gradient.double())
+        )
     for x, y in pairs:
         error = ((x.double() - y).norm() / y.norm()).item()
         if not error < TOLERANCE[dtype_name]:
@@ -245,17 +250,18 @@ def main(args: argparse.Namespace) -> None:
     source = problem.random(256 * 2**20 if problem.device.type == "cuda" else 2**24)
     target = torch.empty_like(source)
     copies = []
-    seconds = {(name, mode): [] for name in functions for mode in ("forward", "backward")}
+    seconds = {(name, mode): [] for name in functions for mode in modes(name, problem)}
     for turn in range(args.runs + 2):
         inputs = sets[turn % len(sets)]
         copies.append(clock(lambda: target.copy_(source)))
         for name, function in functions.items():
             with torch.no_grad():
                 seconds[name, "forward"].append(clock(lambda: function(*inputs)))  # noqa: B023
-            output = function(*inputs)
-            seconds[name, "backward"].append(
-                clock(lambda: torch.autograd.grad(output, inputs, gradient))  # noqa: B023
-            )
+            if (name, "backward") in seconds:
+                output = function(*inputs)
+                seconds[name, "backward"].append(
+                    clock(lambda: torch.autograd.grad(output, inputs, gradient))  # noqa: B023
+                )
 
     tensor = problem.shape[0] * problem.shape[1] * problem.shape[2] * source.element_size()
     copy_rate = 2 * source.numel() * source.element_size() / statistics.median(copies[2:])
