@@ -35,6 +35,9 @@ def main():
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     )
     pipeline.to(torch.float16)
+    for model in (pipeline.vae, pipeline.transformer):
+        if model is not None:
+            model.register_to_config(_name_or_path="localdit-shapes")  # else the folder it was trained in
     temporary = args.output.with_name(args.output.name + ".tmp")
     pipeline.save_pretrained(temporary)
     if args.output.exists():
