@@ -113,7 +113,7 @@ class TestQuantizedModel:
 
     def test_draws_the_same(self, pipe):
         """The project's figure: at least 35 dB on final latents, each picture by itself."""
-        prompts = [  # whole captions: without a background the picture is more a matter of chance, and so is its distance
+        prompts = [  # whole captions: where no background is named, small differences may change the picture
             "a red circle on a white background",
             "a blue square left of a green triangle on a grey background",
             "two red squares on a black background",
