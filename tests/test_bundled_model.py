@@ -1,5 +1,6 @@
 """The model that the package ships: complete, small, and drawing on what the prompt says."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def test_size_and_layout(pipe):
     assert not list(BUNDLED_MODEL.rglob("*.bin"))
     config = pipe.transformer.config
     assert config.use_global_context and config.num_layers >= 6 > config.window_size
+    for path in BUNDLED_MODEL.glob("*/config.json"):  # no folder of the machine where it was made
+        assert "/" not in json.loads(path.read_text()).get("_name_or_path", ""), path
 
 
 def test_single_objects_are_drawn_as_asked(pipe):
