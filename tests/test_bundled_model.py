@@ -14,6 +14,7 @@ from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTP
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 from judge import find_objects, judge
 from scenes import sample_caption
+from train_vae import reconstructions_right
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,10 @@ def test_size_and_layout(pipe):
     assert config.use_global_context and config.num_layers >= 6 > config.window_size
     for path in BUNDLED_MODEL.glob("*/config.json"):  # no folder of the machine where it was made
         assert "/" not in json.loads(path.read_text()).get("_name_or_path", ""), path
+
+
+def test_decoded_latents_still_show_what_the_pictures_show(pipe):
+    assert reconstructions_right(pipe.vae, pictures=64, seed=0) >= 63
 
 
 def test_single_objects_are_drawn_as_asked(pipe):

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from judge import judge
 from scenes import Scene, render, sample_scene
 from tqdm import tqdm
 
@@ -91,6 +93,18 @@ def validate(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[float, float]:
     return float((-10 * mse.log10()).mean()), float(latents.std())
 
 
+@torch.no_grad()
+def reconstructions_right(vae: AutoencoderKL, pictures: int, seed: int) -> int:
+    """How many of so many rendered `pictures` still show what their captions say, by the judge, when decoded again."""
+    processor, rng, right = VaeImageProcessor(), np.random.default_rng(seed), 0
+    for start in range(0, pictures, 32):
+        scenes = [sample_scene(rng) for _ in range(min(32, pictures - start))]
+        pixels = processor.preprocess([render(scene) for scene in scenes])
+        decoded = processor.postprocess(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
+        right += sum(judge(picture, scene.spec).right for picture, scene in zip(decoded, scenes))
+    return right
+
+
 def train_round(vae: AutoencoderKL, plan: Round, rng: np.random.Generator, validation: torch.Tensor, output: Path):
     """Trains with warm-up and cosine decay; saves every hundred steps, with the scaling factor."""
     vae.requires_grad_(True)
@@ -133,6 +147,7 @@ def main():
         if index >= first:
             tqdm.write(f"{name}: {plan}")
             train_round(vae, plan, np.random.default_rng((args.seed, index)), validation, args.output)
+    print(f"{reconstructions_right(vae, 320, args.seed + 2)} of 320 new pictures are judged right when decoded again")
 
 
 if __name__ == "__main__":
