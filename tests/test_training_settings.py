@@ -155,8 +155,8 @@ class TestResuming:
         settings.check_resumes(manifest(settings), manifest(settings))
 
     def test_what_only_says_how_may_change(self):
-        started = manifest(settings_of("--steps", 10, "--keep-checkpoints", 1))
-        now = settings_of("--steps", 20, "--keep-checkpoints", 3, "--num-workers", 0)
+        started = manifest(settings_of("--steps", 10, "--decay-steps", 1, "--keep-checkpoints", 1))
+        now = settings_of("--steps", 20, "--decay-steps", 4, "--keep-checkpoints", 3, "--num-workers", 0)
         now.check_resumes(started, manifest(now))
 
     @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import yaml
 PRESETS = Path(__file__).parent / "presets"
 # What may differ when a run is resumed. All else decides what the run computes.
 CHANGEABLE = (
-    *("steps", "output", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts"),
-    *("validation_root", "validation_samples", "tracker", "num_workers", "gradient_checkpointing", "compile"),
-    *("init_from", "batch_size"),  # but not the batch's product with the number of processes
+    *("steps", "decay_steps", "output", "checkpoint_every", "keep_checkpoints", "validate_every"),
+    *("validation_prompts", "validation_root", "validation_samples", "tracker", "num_workers"),
+    *("gradient_checkpointing", "compile", "init_from"),
+    "batch_size",  # but not its product with the number of processes
 )
 
 
