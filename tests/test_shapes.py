@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
@@ -327,6 +328,7 @@ def test_assembled_pipelines(tmp_path, monkeypatch):
         return load_parts(str(output), "tokenizer", "text_encoder", "vae", "scheduler")
 
     encoders = assemble_to(tmp_path / "encoders")
+    assert encoders.scheduler.config.algorithm_type == parts.scheduler.config.algorithm_type
     for name in ("text_encoder", "vae"):
         ours, theirs = getattr(encoders, name).state_dict(), getattr(parts, name).state_dict()
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key].half().float()) for key in theirs)
@@ -340,6 +342,9 @@ def test_assembled_pipelines(tmp_path, monkeypatch):
 
 class Painter:
     """A pipeline that draws what it is asked for, but every second picture on the wrong background."""
+
+    def __init__(self):
+        self.scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", beta_end=0.1)
 
     def to(self, device):
         return self
@@ -359,11 +364,13 @@ class Painter:
 
 
 def test_evaluation_counts_and_frames_what_is_wrong(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.LocalDiTPipeline, "from_pretrained", lambda path: Painter())
+    painter = Painter()
+    monkeypatch.setattr(evaluate.LocalDiTPipeline, "from_pretrained", lambda path: painter)
     sheet = tmp_path / "sheet.png"
     arguments = ["--pictures", "6", "--batch-size", "4", "--sheet", str(sheet), "--sheet-columns", "3"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--algorithm", "dpmsolver++"])
     evaluate.main()
+    assert (painter.scheduler.config.algorithm_type, painter.scheduler.config.beta_end) == ("dpmsolver++", 0.1)
     rows = capsys.readouterr().out.strip().splitlines()[2:]
     assert rows[:2] == ["| single | 6 | 50.0% | 50.0% |", "| two | 6 | 50.0% | 50.0% |"]
     assert rows[-1] == "| overall | 24 | 50.0% | 50.0% |"

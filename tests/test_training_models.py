@@ -162,7 +162,7 @@ def test_dry_run(tmp_path, capsys):
     assert main([str(word) for word in words], prog="train") == 0
     said = capsys.readouterr().out
     assert "learning_rate: 0.0015" in said and f"data_root: {data}" in said
-    assert "24, of them broken 0" in said and "16,000, in an epoch 6.0" in said
+    assert "24, of them broken 0" in said and "20,000, in an epoch 6.0" in said
     count = LocalDiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=24, num_layers=6, caption_channels=8
     ).num_parameters()

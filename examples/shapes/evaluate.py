@@ -77,6 +77,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=256, help="pictures per kind")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
+    parser.add_argument("--algorithm", choices=("dpmsolver++", "sde-dpmsolver++"), help="in place of the scheduler's")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="PNG file for the first pictures of every kind")
@@ -85,6 +86,9 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = LocalDiTPipeline.from_pretrained(args.model).to(device)
+    if args.algorithm:
+        config = pipeline.scheduler.config
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, algorithm_type=args.algorithm)
     verdicts, shown = {kind: [] for kind in KINDS}, []
     drawn = judged_pictures(pipeline, args.pictures, args.steps, args.guidance_scale, args.batch_size, args.seed)
     for kind, image, caption, verdict in drawn:
