@@ -31,8 +31,7 @@ def main():
         text_encoder=T5EncoderModel.from_pretrained(args.folder / "text_encoder"),
         vae=AutoencoderKL.from_pretrained(args.folder / "vae"),
         transformer=read_transformer(str(transformer)) if complete else None,
-        # The released LocalDiT's sampler, but with noise in every step, which mends objects that came out alike:
-        # docs/TRAIN.md has what it gains.
+        # The released LocalDiT's sampler, but with noise in every step: docs/TRAIN.md has how much more is right then.
         scheduler=DPMSolverMultistepScheduler(
             beta_start=0.0001, beta_end=0.02, beta_schedule="linear", algorithm_type="sde-dpmsolver++"
         ),
