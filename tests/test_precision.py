@@ -1,7 +1,11 @@
 """Computing in int8: the sums are exact, the errors those of rounding, and the bundled model draws the same."""
 
 import copy
+import os
 import platform
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +89,16 @@ class TestInt8Linear:
         layer = Int8Linear(linear)
         assert torch.equal(layer(torch.randn(2, 4)), linear.bias.expand(2, 3))
         assert layer(torch.randn(2, 0, 4)).shape == (2, 0, 3)
+
+    @pytest.mark.parametrize("instructions", ["DEFAULT", "AVX512_CORE_VNNI", "AVX2"])
+    def test_products_are_optimised_ones(self, instructions):
+        """oneDNN's reference loop gives the same numbers, thousands of times later."""
+        compute = "import torch; Int8Linear(torch.nn.Linear(145, 96))(torch.randn(130, 145))"
+        environment = os.environ | {"ONEDNN_VERBOSE": "1", "ONEDNN_MAX_CPU_ISA": instructions}
+        command = [sys.executable, "-c", f"from diffusers_localdit.precision import Int8Linear; {compute}"]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        (implementation,) = re.findall(r"exec,cpu,matmul,([^,]+),", printed)
+        assert "ref" not in implementation
 
     def test_gradients_are_refused(self):
         with pytest.raises(ValueError, match="without gradients"):

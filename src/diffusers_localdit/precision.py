@@ -2,8 +2,9 @@
 What numbers to compute in: the dtype that a device is good at, and 8-bit integers for CPUs.
 
 In int8 each row of a weight and each token has a scale of its own. A weight is rounded once, to -64 ... 64, tokens in
-each call, to -127 ... 127: where a processor has nothing better than AVX2, oneDNN adds up pairs of products in 16 bits
-and cuts off what does not fit, which with such weights always does. So all processors get the same sums.
+each call, to -127 ... 127 (kept as 1 ... 255): where a processor has nothing better than AVX2, oneDNN adds up pairs of
+products in 16 bits and cuts off what does not fit, which with such weights always does. So all processors get the
+same sums.
 """
 
 import platform
@@ -16,6 +17,9 @@ from .transformer_localdit import LocalDiTTransformer2DModel
 
 WEIGHT_LIMIT = 64  # a power of two: weights that were rounded are rounded to themselves again
 TOKEN_LIMIT = 127
+# What stands for 0 in tokens. oneDNN packs weights for tokens that have one; with others it falls back, on processors
+# with VNNI, to a loop that is thousands of times slower.
+ZERO_POINT = 128
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -116,9 +120,9 @@ class Int8Linear(nn.Module):
         tokens = hidden_states.reshape(-1, self.in_features).float()
         scale = (tokens.abs().amax(dim=1, keepdim=True) / TOKEN_LIMIT).clamp_min_(TINY)  # (tokens, 1)
         product = torch.ops.onednn.qlinear_pointwise(
-            qx=(tokens / scale).round_().to(torch.int8),
+            qx=(tokens / scale).round_().add_(ZERO_POINT).to(torch.uint8),
             x_scale=1.0,
-            x_zero_point=0,
+            x_zero_point=ZERO_POINT,
             qw=self.packed_weight,
             w_scale=self.weight_scale,
             w_zero_point=self.weight_zero_point,
