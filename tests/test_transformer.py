@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,6 +182,47 @@ def test_slabs_change_nothing(use_global_context, height, width, monkeypatch):
         in_slabs = model(**inputs).sample
     assert widths == [(2, 8, 24)] * (height * width // 4 // 8) + [(2, 4, 24)] * (height * width // 4 % 8 > 0)
     assert relative_error(in_slabs, whole) < 1e-6
+
+
+@torch.no_grad()
+def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
+    """Results overwrite what nobody else has; hooks, and diffusers' caches by theirs, count one call a pass."""
+    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 16 * 24)
+    model, inputs = tiny_transformer(), random_inputs()
+    before = map_tensors(torch.clone, inputs)
+    expected = model(**inputs).sample
+    assert all(torch.equal(inputs[name], before[name]) for name in before if name != "added_cond_kwargs")
+    shapes = []
+    model.transformer_blocks[1].cross_attn.register_forward_hook(lambda *args: shapes.append(args[2].shape))
+    assert relative_error(model(**inputs).sample, expected) < 1e-6
+    assert shapes == [(2, 64, 24)]
+
+    config = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2,
+        cross_attention_timestep_skip_range=(-1, 1001),
+        cross_attention_block_identifiers=(r"transformer_blocks.*\.cross_attn$",),
+        current_timestep_callback=lambda: 500,
+    )
+    model.enable_cache(config)
+    for _ in range(2):  # computed, then all of it kept
+        with model.cache_context("test"):
+            assert relative_error(model(**inputs).sample, expected) < 1e-6
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_training_in_half_precision_follows_float32(with_mask):
+    """On a CPU attention is then computed operation by operation."""
+    model, inputs = tiny_transformer(), random_inputs()
+    if not with_mask:
+        inputs["encoder_attention_mask"] = None
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sample = model(**inputs).sample
+        sample.float().square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert 1e-4 < relative_error(*gradients) < 3e-2
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Hp x Wp the map padded to multiples of w, T text tokens.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -211,26 +211,64 @@ cached_token_map_geometry = functools.lru_cache(maxsize=8)(token_map_geometry)
 # Slabs and steps
 
 
+def works_in_slabs(hidden_states: torch.Tensor) -> bool:
+    """Not where gradients are kept, in compiled graphs, and on devices that want large kernels."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and hidden_states.device.type == "cpu"
+
+
 def slab_size(hidden_states: torch.Tensor) -> int | None:
-    """
-    How many tokens of each sample of `(B, L, C)` to work on at a time, or `None` for all at once: where gradients are
-    kept, in compiled graphs, and on devices that want large kernels.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
-        return None
+    """How many tokens of each sample of `(B, L, C)` to work on at a time, or `None` for all at once."""
     batch_size, length, dim = hidden_states.shape
     size = max(SLAB_NUMBERS // (batch_size * dim), 1)
-    return size if size < length else None
+    return size if size < length and works_in_slabs(hidden_states) else None
 
 
 def join(slabs: list[torch.Tensor]) -> torch.Tensor:
     return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
 
 
-def slab_by_slab(function: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """`function(tokens)` for a function that treats each token of `(B, L, C)` on its own."""
-    size = slab_size(tokens)
-    return function(tokens) if size is None else join([function(slab) for slab in tokens.split(size, dim=1)])
+def slab_by_slab(function: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
+    """`function(*tokens)` for a function that treats each token of one or more `(B, L, C)` on its own."""
+    size = slab_size(tokens[0])
+    return function(*tokens) if size is None else join(list(map(function, *(x.split(size, dim=1) for x in tokens))))
+
+
+def may_overwrite(x: torch.Tensor, other: torch.Tensor | float) -> bool:
+    """
+    Whether what is made of both may lie where `x` lies, a tensor that nobody else has: on a CPU, memory that the
+    system has to give anew takes several times as long as the sum that is written to it.
+    """
+    free = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    return free and torch.result_type(x, other) == x.dtype
+
+
+def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`x + other`, which may overwrite `x`."""
+    return x.add_(other) if may_overwrite(x, other) else x + other
+
+
+def multiply(x: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+    """`x * factor`, which may overwrite `x`."""
+    return x.mul_(factor) if may_overwrite(x, factor) else x * factor
+
+
+def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor], length: int) -> torch.Tensor:
+    """Tokens `(B, L, C)` of `windows`, `(B, n*w*w, C)` for each part, one part at a time."""
+    tokens = None
+    for part, values in zip(parts, windows):
+        places, padding = part.window_to_token.flatten(), part.padding.flatten()
+        if padding.any():
+            places, values = places[~padding], values[:, ~padding]
+        if tokens is None:
+            tokens = values.new_empty(values.shape[0], length, values.shape[2])
+        for sample, sample_values in zip(tokens, values):  # along the first dimension it is twenty times as fast
+            sample.index_copy_(0, places, sample_values)
+    return tokens
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody expects one call of the module in each forward pass: diffusers' caches, or hooks of a user."""
+    return hasattr(module, "_diffusers_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class LocalDiTStepCache:
@@ -280,15 +318,37 @@ def window_attention_bias(table: torch.Tensor, geometry: WindowGeometry, batch_s
 
 
 def explicit_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention on `(batch, length, heads, head_dim)`, operation by operation."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    scores = scores if bias is None else scores + bias
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+
+
+def attention(
+    processor: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    Attention on `(batch, length, heads, head_dim)`. On a CPU, PyTorch has no fused kernel for a bias that is trained,
-    and what it does instead takes half as long again as these lines.
+    Attention on `(batch, length, heads, head_dim)` through the backend of `processor`.
+
+    By default not through PyTorch's fused kernels where they lose in training on a CPU: there is none for a bias that
+    is trained (what is done instead takes half as long again), and the backward pass of the one in half precision is
+    several times slower than plain operations.
     """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    half = query.requires_grad and query.dtype != torch.float32
+    trained_bias = bias is not None and bias.requires_grad
+    if (half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
+        return explicit_attention(query, key, value, bias)
+    return dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
 
 
 class LocalDiTWindowAttnProcessor:
@@ -324,11 +384,12 @@ class LocalDiTWindowAttnProcessor:
                 context_output = self._attend(
                     attn, query, context.to_k(key), context.to_v(key), context.rel_pos_bias, part
                 )
-                outputs[i] = (outputs[i] + context_output) / 2
+                outputs[i] = multiply(add(outputs[i], context_output), 0.5)
 
-        output = join(outputs).flatten(1, 2)  # (B, n*w*w, C)
-        slabs = geometry.token_to_window.split(size) if size else [geometry.token_to_window]
-        return join([attn.to_out[0](output.index_select(1, tokens)) for tokens in slabs])  # (B, L, C)
+        outputs = [output.flatten(1, 2) for output in outputs]  # (B, n*w*w, C)
+        if size is None:
+            return attn.to_out[0](outputs[0].index_select(1, geometry.token_to_window))  # (B, L, C)
+        return scatter_windows(parts, map(attn.to_out[0], outputs), hidden_states.shape[1])
 
     @staticmethod
     def _project(attn, hidden_states, geometry: WindowGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -353,17 +414,7 @@ class LocalDiTWindowAttnProcessor:
         batch_size = query.shape[0]
         query, key, value = (x.flatten(0, 1).unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
         bias = window_attention_bias(bias_table, geometry, batch_size).to(query.dtype)
-        if self._attention_backend is None and query.device.type == "cpu" and bias.requires_grad:
-            output = explicit_attention(query, key, value, bias)
-        else:
-            output = dispatch_attention_fn(
-                query,
-                key,
-                value,  # (B*n, w*w, heads, head_dim)
-                attn_mask=bias,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
+        output = attention(self, query, key, value, bias)  # (B*n, w*w, heads, head_dim)
         return output.flatten(2).unflatten(0, (batch_size, -1))
 
 
@@ -386,14 +437,7 @@ class LocalDiTCrossAttnProcessor:
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
-            output = dispatch_attention_fn(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
-            )
+            output = attention(self, query, key, value, attention_mask)
             return attn.to_out[0](output.flatten(2))
 
         return slab_by_slab(attend, hidden_states)
@@ -421,8 +465,8 @@ class GlobalContextQueryStage(nn.Module):
 
     def forward(self, query_map: torch.Tensor) -> torch.Tensor:
         features = F.gelu(self.depthwise(query_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, Hp, Wp, C)
-        features = features * self.gate(features.mean(dim=(1, 2)))[:, None, None]
-        return query_map + self.pointwise(features)
+        features = multiply(features, self.gate(features.mean(dim=(1, 2)))[:, None, None])
+        return add(self.pointwise(features), query_map)
 
 
 class LocalDiTGlobalContext(nn.Module):
@@ -488,7 +532,7 @@ class LocalDiTWindowAttention(LocalDiTAttention):
         return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
-        return self.processor(self, hidden_states, geometry) + hidden_states
+        return add(self.processor(self, hidden_states, geometry), hidden_states)
 
 
 class LocalDiTCrossAttention(LocalDiTAttention):
@@ -540,7 +584,7 @@ class LocalDiTFeedForward(FeedForward):
     r"""diffusers' feed-forward with a tanh-approximate GELU; large inputs on a CPU in slabs, widened in place."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if slab_size(hidden_states) is None:
+        if not works_in_slabs(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
             return super().forward(hidden_states)
         widen, _, narrow = self.net
         # Allocating four times the width of the network anew costs as much as the GELU.
@@ -578,13 +622,23 @@ class LocalDiTTransformerBlock(nn.Module):
             self.scale_shift_table[None] + modulation  # (B, 6, C)
         ).chunk(6, dim=1)  # (B, 1, C) each
 
+        if works_in_slabs(hidden_states) and step_cache is None:
+            step_cache = LocalDiTStepCache()  # for the slabs
+
         normed = modulate(self.norm1, hidden_states, shift_msa, scale_msa)  # (B, L, C)
-        hidden_states = torch.addcmul(hidden_states, gate_msa, self.attn(normed, geometry))
-        hidden_states = hidden_states + self.cross_attn(
-            hidden_states, encoder_hidden_states, encoder_attention_mask, step_cache
-        )
-        normed = modulate(self.norm2, hidden_states, shift_mlp, scale_mlp)
-        return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
+        attn_output = self.attn(normed, geometry)
+
+        def rest(hidden_states: torch.Tensor, attn_output: torch.Tensor) -> torch.Tensor:
+            hidden_states = torch.addcmul(hidden_states, gate_msa, attn_output)
+            hidden_states = hidden_states + self.cross_attn(
+                hidden_states, encoder_hidden_states, encoder_attention_mask, step_cache
+            )
+            normed = modulate(self.norm2, hidden_states, shift_mlp, scale_mlp)
+            return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
+
+        if is_hooked(self.cross_attn) or is_hooked(self.ff):
+            return rest(hidden_states, attn_output)
+        return slab_by_slab(rest, hidden_states, attn_output)
 
 
 # diffusers' caching hooks look the block up here. `register` would import every model that diffusers has.
