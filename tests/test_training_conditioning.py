@@ -48,6 +48,11 @@ def test_dropped_caption_becomes_the_empty_one(tokens, text_tokens, shards):
     assert (embeds[1, :tokens] == 9).all() and not embeds[1, tokens:].any()
 
 
+def test_caption_longer_than_all_are_padded_to_is_refused(shards):
+    with pytest.raises(ValueError, match="a caption has 3 tokens, more than text_tokens: 2; give a larger --text-tok"):
+        make(shards, text_tokens=2)(batch(3, [False, False]))
+
+
 def test_prompts_are_encoded_once_and_as_the_pipeline_does(shards, monkeypatch):
     (shards / EMPTY_CAPTION).unlink()
     first = make(shards, [PROMPT])

@@ -78,11 +78,20 @@ class Conditioning:
     def padded(
         self, embeds: torch.Tensor, mask: torch.Tensor | None = None, length: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and mask with at least `length` tokens, and as many as the empty prompt has."""
+        """
+        Embeddings and mask with at least `length` tokens, and as many as the empty prompt has.
+
+        Raises:
+            `ValueError`: There are more tokens than all texts are padded to.
+        """
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         length = self.text_tokens or max(length, len(self.empty), embeds.shape[1])
         missing = length - embeds.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"a caption has {embeds.shape[1]} tokens, more than text_tokens: {length}; give a larger --text-tokens"
+            )
         return F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
 
     def _recorded_pipeline(self) -> str | None:

@@ -15,7 +15,6 @@ from .settings import TrainingSettings
 
 VAE_SCALE_FACTOR = 8  # pixels of a picture to one of its latent
 PATCH_SIZE = 2
-TEXT_TOKENS = 120
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -167,10 +166,10 @@ def saved_bytes(transformer: LocalDiTTransformer2DModel, settings: TrainingSetti
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = transformer(
             zeros(config.in_channels, side, side),
-            encoder_hidden_states=zeros(TEXT_TOKENS, config.caption_channels),
+            encoder_hidden_states=zeros(settings.text_tokens, config.caption_channels),
             timestep=zeros(),
             added_cond_kwargs={"resolution": zeros(2), "aspect_ratio": zeros(1)},
-            encoder_attention_mask=zeros(TEXT_TOKENS),
+            encoder_attention_mask=zeros(settings.text_tokens),
         )
     for parameter in transformer.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)

@@ -15,7 +15,7 @@ PRESETS = Path(__file__).parent / "presets"
 CHANGEABLE = (
     *("steps", "decay_steps", "output", "checkpoint_every", "keep_checkpoints", "validate_every"),
     *("validation_prompts", "validation_root", "validation_samples", "tracker", "num_workers"),
-    *("gradient_checkpointing", "compile", "init_from"),
+    *("gradient_checkpointing", "compile", "text_tokens", "init_from"),
     "batch_size",  # but not its product with the number of processes
 )
 
@@ -79,7 +79,8 @@ class TrainingSettings:
 
     mixed_precision: str = option("bf16", "in which to compute; weights are float32", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "less memory, more computation")
-    compile: bool = option(False, "compile the transformer's blocks")
+    compile: bool = option(False, "compile the transformer's blocks, which pads all captions to one length")
+    text_tokens: int = option(120, "that length", minimum=1)
 
     checkpoint_every: int = option(1000, "steps", minimum=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", minimum=1)

@@ -38,7 +38,6 @@ from .dataset import TrainingDataset, training_loader
 from .engine import BrokenSamples, as_number, build_accelerator, stop_signal, sum_over_processes
 from .models import (
     PATCH_SIZE,
-    TEXT_TOKENS,
     VAE_SCALE_FACTOR,
     build_optimizer,
     build_transformer,
@@ -146,7 +145,7 @@ def train(
             settings.validation_prompts,
             output / "prompts.safetensors",
             accelerator.device,
-            text_tokens=TEXT_TOKENS if settings.compile else None,
+            text_tokens=settings.text_tokens if settings.compile else None,
         )
     loader = training_loader(
         dataset,
