@@ -64,15 +64,15 @@ def test_other_captions_are_refused(caption):
         scenes.parse_caption(caption)
 
 
-def test_two_captions_in_five_lose_their_background_or_their_colours():
+def test_a_caption_in_five_loses_its_background_or_its_colours():
     whole = "an orange circle left of a large blue square on a white background"
     rng = np.random.default_rng(0)
     drawn = [scenes.leave_out(whole, rng) for _ in range(2000)]
     without_background = "an orange circle left of a large blue square"
     without_colours = "a circle left of a large square on a white background"
     assert set(drawn) == {whole, without_background, without_colours}
-    assert 0.17 < np.mean([caption == without_background for caption in drawn]) < 0.23
-    assert 0.17 < np.mean([caption == without_colours for caption in drawn]) < 0.23
+    assert 0.08 < np.mean([caption == without_background for caption in drawn]) < 0.12
+    assert 0.08 < np.mean([caption == without_colours for caption in drawn]) < 0.12
 
 
 @given(seed=seeds, kind=kinds)
@@ -95,7 +95,7 @@ def test_pictures_to_train_on_have_captions_with_parts_left_out_and_others_have_
         except ValueError:
             return False
 
-    assert 0.4 < np.mean([whole(caption) for caption in captions()]) < 0.8
+    assert 0.6 < np.mean([whole(caption) for caption in captions()]) < 0.95
     assert all(map(whole, captions(held_out=True)))
     assert all(map(whole, captions(colour="purple")))
 
@@ -148,6 +148,18 @@ def test_objects_are_whole_and_apart_and_as_related(seed, kind):
         a, b = scene.objects
         away, direction = np.array([b.x - a.x, b.y - a.y]), np.array(scenes.RELATIONS[scene.spec.relation])
         assert away @ direction > 3 * np.abs(away @ direction[::-1])
+
+
+@given(seed=seeds)
+def test_two_objects_are_told_in_reading_order(seed):
+    rng = np.random.default_rng(seed)
+    first, second = scenes.sample_scene(rng, "two").objects
+    assert first.x + first.y <= second.x + second.y
+    for placed in (first, second):
+        assert all(
+            c - placed.radius >= scenes.MARGIN and c + placed.radius <= 128 - scenes.MARGIN
+            for c in (placed.x, placed.y)
+        )
 
 
 def test_renders_what_was_placed():
