@@ -56,7 +56,8 @@ def serving(command: list[str], folder: Path, **environment: str) -> Iterator[Se
 
 @contextmanager
 def serving_bundled_model(folder: Path, **environment: str) -> Iterator[Server]:
-    command = [str(Path(sys.executable).with_name("localdit")), "demo", "--port", str(free_port())]
+    options = ("--dtype", "float32", "--port", str(free_port()))
+    command = [str(Path(sys.executable).with_name("localdit")), "demo", *options]
     with serving(command, folder, **environment) as server:
         yield server
 

@@ -25,6 +25,7 @@ import diffusers_localdit
 from diffusers_localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
 from diffusers_localdit.cli import main
 from diffusers_localdit.png_settings import SETTINGS, read_settings, settings_chunks
+from diffusers_localdit.precision import fast_dtype
 
 ROOT = Path(__file__).parents[1]
 LOCALDIT = Path(sys.executable).with_name("localdit")
@@ -235,7 +236,7 @@ class TestGenerate:
         assert recorded["guidance_scale"] == parameters["guidance_scale"].default
         assert (recorded["height"], recorded["width"], recorded["negative_prompt"]) == (128, 128, "")
 
-        pipe = LocalDiTPipeline.from_pretrained(model)
+        pipe = LocalDiTPipeline.from_pretrained(model, dtype=fast_dtype(torch.device("cpu")))
         expected = pipe("a", generator=torch.Generator().manual_seed(7)).images[0]
         assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(expected))
 
@@ -323,7 +324,7 @@ class TestImageToImage:
         recorded = read_settings(first)
         assert (recorded["strength"], recorded["image"]) == (0.5, "sketch.png")
         assert (recorded["height"], recorded["width"]) == (48, 64)
-        pipe = LocalDiTImg2ImgPipeline.from_pretrained(model)
+        pipe = LocalDiTImg2ImgPipeline.from_pretrained(model, dtype=fast_dtype(torch.device("cpu")))
         options = {"strength": 0.5, "num_inference_steps": 4, "generator": torch.Generator().manual_seed(7)}
         expected = pipe("a red circle", image=load_image(str(sketch)), **options).images[0]
         assert np.array_equal(pixels(first), np.asarray(expected))
