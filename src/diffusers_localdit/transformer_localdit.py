@@ -11,6 +11,7 @@ Hp x Wp the map padded to multiples of w, T text tokens.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -230,7 +231,15 @@ def join(slabs: list[torch.Tensor]) -> torch.Tensor:
 def slab_by_slab(function: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
     """`function(*tokens)` for a function that treats each token of one or more `(B, L, C)` on its own."""
     size = slab_size(tokens[0])
-    return function(*tokens) if size is None else join(list(map(function, *(x.split(size, dim=1) for x in tokens))))
+    if size is None:
+        return function(*tokens)
+    slabs = zip(*(x.split(size, dim=1) for x in tokens))
+    first = function(*next(slabs))
+    result = first.new_empty(first.shape[0], tokens[0].shape[1], first.shape[2])
+    # Not `torch.cat`, for which all slabs would have to be there at once.
+    for place, slab in zip(result.split(size, dim=1), itertools.chain([first], itertools.starmap(function, slabs))):
+        place.copy_(slab)
+    return result
 
 
 def may_overwrite(x: torch.Tensor, other: torch.Tensor | float) -> bool:
@@ -250,6 +259,14 @@ def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def multiply(x: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     """`x * factor`, which may overwrite `x`."""
     return x.mul_(factor) if may_overwrite(x, factor) else x * factor
+
+
+def rms_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)`, which may overwrite `x`: PyTorch's makes five passes on a CPU, most of them through fresh memory."""
+    if x.dtype != torch.float32 or not may_overwrite(x, norm.weight):
+        return norm(x)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
+    return x.mul_(scale).mul_(norm.weight)
 
 
 def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor], length: int) -> torch.Tensor:
@@ -377,7 +394,9 @@ class LocalDiTWindowAttnProcessor:
 
         if attn.global_context is not None:
             context = attn.global_context
-            query = context.refine_query(join(queries), geometry)
+            query = join(queries)
+            queries.clear()  # their memory
+            query = context.refine_query(query, geometry)
             queries = query.split([part.window_to_token.shape[0] for part in parts], dim=1)
             for i, (part, query, key) in enumerate(zip(parts, queries, keys)):
                 # Keys and values are both read from the rotated keys; padding (zeros) contributes the linear's bias.
@@ -436,7 +455,7 @@ class LocalDiTCrossAttnProcessor:
         key, value = once(step_cache, (attn, batch_size), lambda: self._project_text(attn, encoder_hidden_states))
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
-            query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
+            query = rms_norm(attn.norm_q, attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
             output = attention(self, query, key, value, attention_mask)
             return attn.to_out[0](output.flatten(2))
 
@@ -625,8 +644,7 @@ class LocalDiTTransformerBlock(nn.Module):
         if works_in_slabs(hidden_states) and step_cache is None:
             step_cache = LocalDiTStepCache()  # for the slabs
 
-        normed = modulate(self.norm1, hidden_states, shift_msa, scale_msa)  # (B, L, C)
-        attn_output = self.attn(normed, geometry)
+        attn_output = self.attn(modulate(self.norm1, hidden_states, shift_msa, scale_msa), geometry)  # (B, L, C)
 
         def rest(hidden_states: torch.Tensor, attn_output: torch.Tensor) -> torch.Tensor:
             hidden_states = torch.addcmul(hidden_states, gate_msa, attn_output)
