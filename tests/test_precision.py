@@ -110,6 +110,7 @@ class TestQuantizedModel:
     @pytest.fixture(scope="class")
     def pipe(self):
         pipe = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -126,7 +127,10 @@ class TestQuantizedModel:
             ).sample
 
     def test_draws_the_same(self, pipe):
-        """The project's figure: at least 35 dB on final latents, each picture by itself."""
+        """
+        The project's figure: at least 35 dB on final latents, each picture by itself. As in `benchmarks/int8.py` with
+        the released LocalDiT's sampler: the noise of the bundled model's own leads pictures astray more easily.
+        """
         prompts = [  # whole captions: where no background is named, small differences may change the picture
             "a red circle on a white background",
             "a blue square left of a green triangle on a grey background",
