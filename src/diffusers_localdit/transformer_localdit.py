@@ -228,14 +228,21 @@ def join(slabs: list[torch.Tensor]) -> torch.Tensor:
     return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
 
 
-def slab_by_slab(function: Callable[..., torch.Tensor], *tokens: torch.Tensor) -> torch.Tensor:
-    """`function(*tokens)` for a function that treats each token of one or more `(B, L, C)` on its own."""
+def slab_by_slab(
+    function: Callable[..., torch.Tensor], *tokens: torch.Tensor, overwrite: bool = False
+) -> torch.Tensor:
+    """
+    `function(*tokens)` for a function that treats each token of one or more `(B, L, C)` on its own. With `overwrite`
+    the result may lie where the first of them lay.
+    """
     size = slab_size(tokens[0])
     if size is None:
         return function(*tokens)
     slabs = zip(*(x.split(size, dim=1) for x in tokens))
     first = function(*next(slabs))
-    result = first.new_empty(first.shape[0], tokens[0].shape[1], first.shape[2])
+    result = tokens[0]
+    if not overwrite or first.dtype != result.dtype:
+        result = first.new_empty(first.shape[0], result.shape[1], first.shape[2])
     # Not `torch.cat`, for which all slabs would have to be there at once.
     for place, slab in zip(result.split(size, dim=1), itertools.chain([first], itertools.starmap(function, slabs))):
         place.copy_(slab)
@@ -483,9 +490,15 @@ class GlobalContextQueryStage(nn.Module):
         return torch.sigmoid(self.excite(F.gelu(self.squeeze(mean))))
 
     def forward(self, query_map: torch.Tensor) -> torch.Tensor:
-        features = F.gelu(self.depthwise(query_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)  # (B, Hp, Wp, C)
-        features = multiply(features, self.gate(features.mean(dim=(1, 2)))[:, None, None])
-        return add(self.pointwise(features), query_map)
+        query = query_map.flatten(1, 2)  # (B, Hp*Wp, C)
+        features = self.depthwise(query_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        features = slab_by_slab(F.gelu, features, overwrite=True)
+        gate = self.gate(features.mean(dim=1))[:, None]  # (B, 1, C)
+
+        def refine(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+            return add(self.pointwise(multiply(features, gate)), query)
+
+        return slab_by_slab(refine, features, query, overwrite=True).view_as(query_map)
 
 
 class LocalDiTGlobalContext(nn.Module):
