@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
@@ -207,6 +208,30 @@ def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
     for _ in range(2):  # computed, then all of it kept
         with model.cache_context("test"):
             assert relative_error(model(**inputs).sample, expected) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("magnitude", [1.0, 1e-5, 0.0])
+def test_norm_in_place_is_the_norm(magnitude, model):
+    """Also where epsilon, 1e-10, is as large as the mean of the squares."""
+    norm = torch.nn.RMSNorm(12, eps=model.transformer_blocks[0].attn.norm_q.eps)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = magnitude * torch.randn(3, 5, 2, 12, generator=torch.Generator().manual_seed(0))
+    expected = norm(x)
+    torch.testing.assert_close(transformer_localdit.rms_norm(norm, x), expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_weights_that_accelerate_keeps_elsewhere_are_fetched():
+    """As in sequential offloading: a weight is there only while its own module is called."""
+    model, inputs = tiny_transformer(use_global_context=False), random_inputs()
+    for module in model.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)  # not 1, which a product that is left out is like
+    expected = model(**inputs).sample
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.transformer_blocks[0].attn.norm_q.weight.device.type == "meta"
+    torch.testing.assert_close(model(**inputs).sample, expected)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

@@ -268,9 +268,18 @@ def multiply(x: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     return x.mul_(factor) if may_overwrite(x, factor) else x * factor
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """
+    Whether somebody expects to be told of each call of the module, one in a forward pass: diffusers' caches,
+    accelerate's offloading (which brings the weights then), or hooks of a user.
+    """
+    told = hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
+    return told or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def rms_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """`norm(x)`, which may overwrite `x`: PyTorch's makes five passes on a CPU, most of them through fresh memory."""
-    if x.dtype != torch.float32 or not may_overwrite(x, norm.weight):
+    if not works_in_slabs(x) or is_hooked(norm) or not x.dtype == norm.weight.dtype == torch.float32:
         return norm(x)
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
     return x.mul_(scale).mul_(norm.weight)
@@ -288,11 +297,6 @@ def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor]
         for sample, sample_values in zip(tokens, values):  # along the first dimension it is twenty times as fast
             sample.index_copy_(0, places, sample_values)
     return tokens
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody expects one call of the module in each forward pass: diffusers' caches, or hooks of a user."""
-    return hasattr(module, "_diffusers_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class LocalDiTStepCache:
