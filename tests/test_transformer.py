@@ -14,6 +14,8 @@ from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_
 
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.transformer_localdit import (
+    QK_NORM_EPS,
+    LocalDiTRMSNorm,
     LocalDiTWindowAttnProcessor,
     cached_token_map_geometry,
 )
@@ -193,10 +195,12 @@ def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
     before = map_tensors(torch.clone, inputs)
     expected = model(**inputs).sample
     assert all(torch.equal(inputs[name], before[name]) for name in before if name != "added_cond_kwargs")
-    shapes = []
+    shapes, kept = [], []
     model.transformer_blocks[1].cross_attn.register_forward_hook(lambda *args: shapes.append(args[2].shape))
+    model.transformer_blocks[2].attn.register_forward_hook(lambda *args: kept.append((args[2], args[2].clone())))
     assert relative_error(model(**inputs).sample, expected) < 1e-6
     assert shapes == [(2, 64, 24)]
+    assert torch.equal(*kept[0])
 
     config = PyramidAttentionBroadcastConfig(
         cross_attention_block_skip_range=2,
@@ -212,19 +216,19 @@ def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("magnitude", [1.0, 1e-5, 0.0])
-def test_norm_in_place_is_the_norm(magnitude, model):
+def test_norm_in_place_is_the_norm(magnitude):
     """Also where epsilon, 1e-10, is as large as the mean of the squares."""
-    norm = torch.nn.RMSNorm(12, eps=model.transformer_blocks[0].attn.norm_q.eps)
+    norm = LocalDiTRMSNorm(12, eps=QK_NORM_EPS)
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     x = magnitude * torch.randn(3, 5, 2, 12, generator=torch.Generator().manual_seed(0))
-    expected = norm(x)
-    torch.testing.assert_close(transformer_localdit.rms_norm(norm, x), expected, rtol=1e-5, atol=0)
+    expected = torch.nn.RMSNorm.forward(norm, x)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched():
     """As in sequential offloading: a weight is there only while its own module is called."""
-    model, inputs = tiny_transformer(use_global_context=False), random_inputs()
+    model, inputs = tiny_transformer(), random_inputs()
     for module in model.modules():
         if isinstance(module, torch.nn.RMSNorm):
             torch.nn.init.uniform_(module.weight, 0.5, 2.0)  # not 1, which a product that is left out is like

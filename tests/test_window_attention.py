@@ -178,7 +178,7 @@ def test_query_stage_uses_exact_gelu():
     stage = GlobalContextQueryStage(DIM).double()
     query_map = torch.randn(1, 4, 4, DIM, dtype=torch.float64)
     expected = naive_query_stage(stage, query_map[0].permute(2, 0, 1)).permute(1, 2, 0)[None]
-    assert relative_error(stage(query_map), expected) < 1e-12
+    assert relative_error(stage([query_map])[0], expected) < 1e-12
 
 
 @pytest.mark.parametrize("layer, shift", [(0, 0), (3, 3), (4, 0), (6, 2)])

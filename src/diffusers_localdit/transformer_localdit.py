@@ -67,10 +67,11 @@ class WindowGeometry(NamedTuple):
     rotary_sin: torch.Tensor | None
 
     def split(self, size: int | None) -> list["WindowGeometry"]:
-        """Parts with as many whole windows as have `size` tokens, at least one; for `None` all in one."""
+        """Parts with as many whole rows of windows as have `size` tokens, at least one; for `None` all in one."""
         if size is None:
             return [self]
-        windows = max(size // self.window_to_token.shape[1], 1)
+        tokens_of_row = self.map_to_token.shape[1] * math.isqrt(self.window_to_token.shape[1])
+        windows = max(size // tokens_of_row, 1) * tokens_of_row // self.window_to_token.shape[1]
         return [
             self._replace(window_to_token=window_to_token, padding=padding, attention_mask=attention_mask)
             for window_to_token, padding, attention_mask in zip(
@@ -224,10 +225,6 @@ def slab_size(hidden_states: torch.Tensor) -> int | None:
     return size if size < length and works_in_slabs(hidden_states) else None
 
 
-def join(slabs: list[torch.Tensor]) -> torch.Tensor:
-    return slabs[0] if len(slabs) == 1 else torch.cat(slabs, dim=1)
-
-
 def slab_by_slab(
     function: Callable[..., torch.Tensor], *tokens: torch.Tensor, overwrite: bool = False
 ) -> torch.Tensor:
@@ -277,14 +274,6 @@ def is_hooked(module: nn.Module) -> bool:
     return told or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def rms_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """`norm(x)`, which may overwrite `x`: PyTorch's makes five passes on a CPU, most of them through fresh memory."""
-    if not works_in_slabs(x) or is_hooked(norm) or not x.dtype == norm.weight.dtype == torch.float32:
-        return norm(x)
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
-    return x.mul_(scale).mul_(norm.weight)
-
-
 def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor], length: int) -> torch.Tensor:
     """Tokens `(B, L, C)` of `windows`, `(B, n*w*w, C)` for each part, one part at a time."""
     tokens = None
@@ -327,13 +316,16 @@ def once(cache: LocalDiTStepCache | None, key: Any, compute: Callable[[], Any]) 
 
 
 def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
-    """Turns the interleaved pairs (a, b) of `(..., heads, head_dim)` to (a cos - b sin, a sin + b cos)."""
+    """
+    Turns the interleaved pairs (a, b) of `(..., heads, head_dim)` to (a cos - b sin, a sin + b cos), which may
+    overwrite them.
+    """
     if cos is None or sin is None:
         return hidden_states
     pairs = hidden_states.unflatten(-1, (-1, 2))
     if hidden_states.dtype == torch.float32 and not torch.compiler.is_compiling():
         # One pass over memory. Compilers fuse the lines below, but do not know complex numbers.
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+        return torch.view_as_real(multiply(torch.view_as_complex(pairs), torch.complex(cos, sin))).flatten(-2)
     a, b = pairs.unbind(-1)  # the float32 table promotes lower precisions
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(hidden_states.dtype)
 
@@ -350,8 +342,9 @@ def explicit_attention(
 ) -> torch.Tensor:
     """Attention on `(batch, length, heads, head_dim)`, operation by operation."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    scores = scores if bias is None else scores + bias
+    scale = query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2)
+    scores = scores * scale if bias is None else torch.add(bias, scores, alpha=scale)
     return (scores.softmax(dim=-1) @ value).transpose(1, 2)
 
 
@@ -361,13 +354,14 @@ def attention(
     """
     Attention on `(batch, length, heads, head_dim)` through the backend of `processor`.
 
-    By default not through PyTorch's fused kernels where they lose in training on a CPU: there is none for a bias that
-    is trained (what is done instead takes half as long again), and the backward pass of the one in half precision is
-    several times slower than plain operations.
+    By default not through PyTorch's fused kernels where they lose on a CPU: for as few queries as a window has; in
+    training with a bias that is trained too, for which there is none (what is done instead takes half as long again);
+    and in training in half precision, for its backward pass is several times slower than plain operations.
     """
+    window = query.shape[1] <= 64
     half = query.requires_grad and query.dtype != torch.float32
     trained_bias = bias is not None and bias.requires_grad
-    if (half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
+    if (window or half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
         return explicit_attention(query, key, value, bias)
     return dispatch_attention_fn(
         query,
@@ -395,25 +389,23 @@ class LocalDiTWindowAttnProcessor:
     ) -> torch.Tensor:
         size = slab_size(hidden_states)
         parts = geometry.split(size)  # of n windows
-        queries, keys, outputs = [], [], []
+        context = attn.global_context
+        window_size = math.isqrt(geometry.window_to_token.shape[1])
+        sides = {"c": geometry.map_to_token.shape[1] // window_size, "h": window_size, "w": window_size}
+        query_maps, keys, outputs = [], [], []
         for part in parts:
             query, key, value = self._project(attn, hidden_states, part)  # (B, n, w*w, C) each
             outputs.append(self._attend(attn, query, key, value, attn.rel_pos_bias, part))
-            if attn.global_context is not None:
-                queries.append(query)
+            if context is not None:
+                query_maps.append(rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **sides))  # (B, rows, Wp, C)
                 keys.append(key)
 
-        if attn.global_context is not None:
-            context = attn.global_context
-            query = join(queries)
-            queries.clear()  # their memory
-            query = context.refine_query(query, geometry)
-            queries = query.split([part.window_to_token.shape[0] for part in parts], dim=1)
-            for i, (part, query, key) in enumerate(zip(parts, queries, keys)):
+        if context is not None:
+            query_maps, context_bias = context(query_maps)
+            for i, (part, query_map, key) in enumerate(zip(parts, query_maps, keys)):
+                query = rearrange(query_map, "b (r h) (c w) d -> b (r c) (h w) d", **sides)
                 # Keys and values are both read from the rotated keys; padding (zeros) contributes the linear's bias.
-                context_output = self._attend(
-                    attn, query, context.to_k(key), context.to_v(key), context.rel_pos_bias, part
-                )
+                context_output = self._attend(attn, query, context.to_k(key), context.to_v(key), context_bias, part)
                 outputs[i] = multiply(add(outputs[i], context_output), 0.5)
 
         outputs = [output.flatten(1, 2) for output in outputs]  # (B, n*w*w, C)
@@ -466,7 +458,7 @@ class LocalDiTCrossAttnProcessor:
         key, value = once(step_cache, (attn, batch_size), lambda: self._project_text(attn, encoder_hidden_states))
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
-            query = rms_norm(attn.norm_q, attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
+            query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
             output = attention(self, query, key, value, attention_mask)
             return attn.to_out[0](output.flatten(2))
 
@@ -493,16 +485,25 @@ class GlobalContextQueryStage(nn.Module):
         """The excitation for the mean of the features, both `(B, C)`."""
         return torch.sigmoid(self.excite(F.gelu(self.squeeze(mean))))
 
-    def forward(self, query_map: torch.Tensor) -> torch.Tensor:
-        query = query_map.flatten(1, 2)  # (B, Hp*Wp, C)
-        features = self.depthwise(query_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        features = slab_by_slab(F.gelu, features, overwrite=True)
-        gate = self.gate(features.mean(dim=1))[:, None]  # (B, 1, C)
+    def forward(self, query_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Takes the map in parts `(B, rows, Wp, C)`, one below the other, and returns it likewise."""
+        features = [self.features(query_maps, i) for i in range(len(query_maps))]
+        rows = sum(part.shape[1] for part in features)
+        mean = sum(part.mean(dim=(1, 2)) * (part.shape[1] / rows) for part in features)  # (B, C)
+        gate = self.gate(mean)[:, None, None]  # (B, 1, 1, C)
+        for i, query in enumerate(query_maps):
+            features[i] = add(self.pointwise(multiply(features[i], gate)), query)
+        return features
 
-        def refine(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-            return add(self.pointwise(multiply(features, gate)), query)
-
-        return slab_by_slab(refine, features, query, overwrite=True).view_as(query_map)
+    def features(self, query_maps: list[torch.Tensor], index: int) -> torch.Tensor:
+        """GELU(depthwise(x)) of one part, which needs a row of each neighbour."""
+        above = [part[:, -1:] for part in query_maps[max(index - 1, 0) : index]]
+        below = [part[:, :1] for part in query_maps[index + 1 : index + 2]]
+        part = query_maps[index]
+        if above or below:
+            part = torch.cat([*above, part, *below], dim=1)
+        features = self.depthwise(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return F.gelu(features[:, len(above) : features.shape[1] - len(below)])
 
 
 class LocalDiTGlobalContext(nn.Module):
@@ -510,20 +511,31 @@ class LocalDiTGlobalContext(nn.Module):
 
     def __init__(self, dim: int, heads: int, window_size: int):
         super().__init__()
-        self.window_size = window_size
         self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
         self.query_stages = nn.ModuleList([GlobalContextQueryStage(dim) for _ in range(2)])
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
 
-    def refine_query(self, query: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
-        """Takes the windows `(B, n, w*w, C)` of the query through the stages, which see the whole map."""
-        rows, columns = (side // self.window_size for side in geometry.map_to_token.shape)
-        sizes = {"r": rows, "c": columns, "h": self.window_size, "w": self.window_size}
-        query_map = rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **sizes)
+    def forward(self, query_maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """
+        Takes the map of queries, in parts `(B, rows, Wp, C)`, through the stages, and gives the bias table besides:
+        offloading brings a module's weights when it is called.
+        """
         for stage in self.query_stages:
-            query_map = stage(query_map)
-        return rearrange(query_map, "b (r h) (c w) d -> b (r c) (h w) d", **sizes)
+            query_maps = stage(query_maps)
+        return query_maps, self.rel_pos_bias
+
+
+class LocalDiTRMSNorm(nn.RMSNorm):
+    r"""
+    `nn.RMSNorm`, which may overwrite its input: PyTorch's makes five passes on a CPU, most through fresh memory.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not works_in_slabs(x) or not x.dtype == self.weight.dtype == torch.float32:
+            return super().forward(x)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return x.mul_(scale).mul_(self.weight)
 
 
 class LocalDiTAttention(nn.Module, AttentionModuleMixin):
@@ -537,8 +549,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_q = LocalDiTRMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = LocalDiTRMSNorm(dim // heads, eps=QK_NORM_EPS)
         self.set_processor(self._default_processor_cls())
 
 
@@ -663,7 +675,7 @@ class LocalDiTTransformerBlock(nn.Module):
 
         attn_output = self.attn(modulate(self.norm1, hidden_states, shift_msa, scale_msa), geometry)  # (B, L, C)
 
-        def rest(hidden_states: torch.Tensor, attn_output: torch.Tensor) -> torch.Tensor:
+        def rest(attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
             hidden_states = torch.addcmul(hidden_states, gate_msa, attn_output)
             hidden_states = hidden_states + self.cross_attn(
                 hidden_states, encoder_hidden_states, encoder_attention_mask, step_cache
@@ -672,8 +684,8 @@ class LocalDiTTransformerBlock(nn.Module):
             return torch.addcmul(hidden_states, gate_mlp, self.ff(normed))
 
         if is_hooked(self.cross_attn) or is_hooked(self.ff):
-            return rest(hidden_states, attn_output)
-        return slab_by_slab(rest, hidden_states, attn_output)
+            return rest(attn_output, hidden_states)
+        return slab_by_slab(rest, attn_output, hidden_states, overwrite=not is_hooked(self.attn))
 
 
 # diffusers' caching hooks look the block up here. `register` would import every model that diffusers has.
@@ -701,6 +713,9 @@ class LocalDiTTransformer2DModel(
     r"""
     The transformer of LocalDiT: PixArt's diffusion transformer with shifted-window self-attention and a global-context
     branch, as released by DATAGRID.
+
+    On a CPU, where no gradients are wanted, results overwrite what is not needed any more. A forward hook of one's own
+    that keeps what a layer inside a block returns must therefore clone it, or call the model with gradients.
 
     Args:
         num_attention_heads (`int`, defaults to `16`): Number of heads of every attention.

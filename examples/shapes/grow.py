@@ -1,0 +1,55 @@
+"""
+Puts further blocks at the end of a trained transformer, for a run that goes on from it with more parameters.
+
+A new block is a copy of the last trained one that shifts its windows alike, with outputs of zero: the grown
+transformer computes what the trained one does, and training tells the copies apart (block expansion, Wu et al. 2024,
+https://arxiv.org/abs/2401.02415).
+"""
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTTransformer2DModel
+from diffusers_localdit.training.models import read_transformer
+
+
+def grow(trained: LocalDiTTransformer2DModel, blocks: int) -> LocalDiTTransformer2DModel:
+    """
+    The trained transformer with so many new `blocks` behind its own.
+
+    Raises:
+        `ValueError`: It has fewer blocks than there are window shifts.
+    """
+    depth, shifts = trained.config.num_layers, trained.config.window_size
+    if depth < shifts:
+        raise ValueError(
+            f"a new block copies the one {shifts} before it, and this transformer has only {depth} blocks"
+        )
+    grown = LocalDiTTransformer2DModel.from_config({**trained.config, "num_layers": depth + blocks})
+    grown.load_state_dict(trained.state_dict(), strict=False)
+    for index in range(depth, depth + blocks):
+        block = grown.transformer_blocks[index]
+        block.load_state_dict(grown.transformer_blocks[index - shifts].state_dict())
+        for output in (block.attn.to_out[0], block.cross_attn.to_out[0], block.ff.net[2]):
+            nn.init.zeros_(output.weight)
+            nn.init.zeros_(output.bias)
+    return grown
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--transformer", default=str(BUNDLED_MODEL), help="run, checkpoint, pipeline or transformer")
+    parser.add_argument("--blocks", type=int, default=3, help="how many new ones")
+    parser.add_argument("--output", type=Path, default=Path("out/shapes/grown"), help="a folder that is not there yet")
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"--output: {args.output} is there already; choose another name or remove it")
+    grown = grow(read_transformer(args.transformer), args.blocks)
+    grown.save_pretrained(args.output)
+    print(f"{args.output}: {grown.config.num_layers} blocks, {grown.num_parameters() / 1e6:.1f} M parameters")
+
+
+if __name__ == "__main__":
+    main()
