@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 import accuracy_curve
 import compare_siblings
 import siblings
+from grow import grow
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "caption_channels": CHANNELS}
 
@@ -122,3 +123,25 @@ def test_accuracy_curve_judges_the_averages_of_the_checkpoints_in_their_order(tm
     with pytest.raises(SystemExit):
         accuracy_curve.main([str(tmp_path / "data")])
     assert "there are no checkpoints in" in capsys.readouterr().err
+
+
+def test_new_blocks_of_a_grown_transformer_add_their_gated_input_alone_and_learn():
+    trained = tiny("window_global", num_layers=5)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.zeros_(trained.adaln_single.linear.weight)  # leaves gates to the blocks' own tables
+    torch.nn.init.zeros_(trained.adaln_single.linear.bias)
+    grown = grow(trained, 3)
+    assert grown.config.num_layers == 8
+    mate = grown.transformer_blocks[2].ff.net[0].proj.weight  # of the same window shift
+    assert torch.equal(grown.transformer_blocks[6].ff.net[0].proj.weight, mate)
+
+    predict(grown).square().mean().backward()
+    for block in grown.transformer_blocks[5:]:
+        for output in (block.attn.to_out[0], block.cross_attn.to_out[0], block.ff.net[2]):
+            assert output.weight.grad.abs().max() > 0
+        torch.nn.init.zeros_(block.scale_shift_table.data[2])
+    torch.testing.assert_close(predict(grown), predict(trained), rtol=1e-5, atol=1e-6)
+
+    with pytest.raises(ValueError, match="copies the one 4 before it, and this transformer has only 2 blocks"):
+        grow(tiny("window_global"), 1)

@@ -1,9 +1,9 @@
 """
 Puts further blocks at the end of a trained transformer, for a run that goes on from it with more parameters.
 
-A new block is a copy of the last trained one that shifts its windows alike, with outputs of zero: the grown
-transformer computes what the trained one does, and training tells the copies apart (block expansion, Wu et al. 2024,
-https://arxiv.org/abs/2401.02415).
+A new block is a copy of the last trained one that shifts its windows alike, with outputs of zero (block expansion, Wu
+et al. 2024, https://arxiv.org/abs/2401.02415). What it still adds is its own gated input, which LocalDiT's attention
+hands through, so that the loss is higher at first.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from diffusers_localdit.training.models import read_transformer
 
 def grow(trained: LocalDiTTransformer2DModel, blocks: int) -> LocalDiTTransformer2DModel:
     """
-    The trained transformer with so many new `blocks` behind its own.
+    The trained transformer with so many new `blocks` behind its own, of which the products add nothing yet.
 
     Raises:
         `ValueError`: It has fewer blocks than there are window shifts.
