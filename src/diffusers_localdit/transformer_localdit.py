@@ -354,11 +354,12 @@ def attention(
     """
     Attention on `(batch, length, heads, head_dim)` through the backend of `processor`.
 
-    By default not through PyTorch's fused kernels where they lose on a CPU: for as few queries as a window has; in
-    training with a bias that is trained too, for which there is none (what is done instead takes half as long again);
-    and in training in half precision, for its backward pass is several times slower than plain operations.
+    By default not through PyTorch's fused kernels where they lose on a CPU: for as few queries as a window has, in
+    float32 (in half precision they keep the scores in float32); in training with a bias that is trained too, for which
+    there is none (what is done instead takes half as long again); and in training in half precision, for its backward
+    pass is several times slower than plain operations.
     """
-    window = query.shape[1] <= 64
+    window = query.shape[1] <= 64 and query.dtype == torch.float32
     half = query.requires_grad and query.dtype != torch.float32
     trained_bias = bias is not None and bias.requires_grad
     if (window or half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
