@@ -34,8 +34,8 @@ def draw(pipe):
         block = pipe.transformer.transformer_blocks[-1]
         modules = (block.attn.to_out[0], block.cross_attn.to_q, block.ff.net[0])
         handles = [module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0]))) for module in modules]
-        # Under three of these caches the picture of seed 0 takes another course (24 to 27 dB); seven others do not.
-        generators = [torch.Generator().manual_seed(2 + i) for i in range(len(PROMPTS))]
+        # Of eight pictures those of seeds 3 and 5 take another course under one or two of these caches (19 to 26 dB).
+        generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
         latents = pipe(PROMPTS, guidance_scale=1.5, generator=generators, output_type="latent").images
         for handle in handles:
             handle.remove()

@@ -359,7 +359,8 @@ def attention(
     there is none (what is done instead takes half as long again); and in training in half precision, for its backward
     pass is several times slower than plain operations.
     """
-    window = query.shape[1] <= 64 and query.dtype == torch.float32
+    # In a compiled graph lengths are symbols, of which one graph serves all.
+    window = not torch.compiler.is_compiling() and query.shape[1] <= 64 and query.dtype == torch.float32
     half = query.requires_grad and query.dtype != torch.float32
     trained_bias = bias is not None and bias.requires_grad
     if (window or half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
@@ -391,8 +392,8 @@ class LocalDiTWindowAttnProcessor:
         size = slab_size(hidden_states)
         parts = geometry.split(size)  # of n windows
         context = attn.global_context
-        window_size = math.isqrt(geometry.window_to_token.shape[1])
-        sides = {"c": geometry.map_to_token.shape[1] // window_size, "h": window_size, "w": window_size}
+        w = attn.window_size
+        sides = {"c": geometry.map_to_token.shape[1] // w, "h": w, "w": w}
         query_maps, keys, outputs = [], [], []
         for part in parts:
             query, key, value = self._project(attn, hidden_states, part)  # (B, n, w*w, C) each
@@ -571,6 +572,7 @@ class LocalDiTWindowAttention(LocalDiTAttention):
 
     def __init__(self, dim: int, heads: int, window_size: int, use_global_context: bool):
         super().__init__(dim, heads)
+        self.window_size = window_size
         self.rel_pos_bias = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, heads))
         self.global_context = LocalDiTGlobalContext(dim, heads, window_size) if use_global_context else None
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
