@@ -20,6 +20,7 @@ import accuracy_curve
 import compare_siblings
 import siblings
 from grow import grow
+from grow import main as grow_main
 
 TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "caption_channels": CHANNELS}
 
@@ -145,3 +146,22 @@ def test_new_blocks_of_a_grown_transformer_add_their_gated_input_alone_and_learn
 
     with pytest.raises(ValueError, match="copies the one 4 before it, and this transformer has only 2 blocks"):
         grow(tiny("window_global"), 1)
+
+
+def test_growing_writes_a_transformer_or_says_why_not(tmp_path, capsys):
+    tiny("window_global", num_layers=4).save_pretrained(tmp_path / "trained")
+
+    def run(source: str, *options: str) -> None:
+        grow_main(["--transformer", str(tmp_path / source), "--output", str(tmp_path / "grown"), *options])
+
+    run("trained", "--blocks", "1")
+    with pytest.raises(SystemExit):
+        run("trained")
+    assert "grown exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(".", "--overwrite")
+    assert "holds no transformer" in capsys.readouterr().err
+    assert read_transformer(str(tmp_path / "grown")).config.num_layers == 5
+    run("trained", "--blocks", "2", "--overwrite")
+    assert read_transformer(str(tmp_path / "grown")).config.num_layers == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "trained"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTTransformer2DModel
+from diffusers_localdit.checkpoint_io import written_whole
 from diffusers_localdit.training.models import read_transformer
 
 
@@ -38,16 +39,19 @@ def grow(trained: LocalDiTTransformer2DModel, blocks: int) -> LocalDiTTransforme
     return grown
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--transformer", default=str(BUNDLED_MODEL), help="run, checkpoint, pipeline or transformer")
     parser.add_argument("--blocks", type=int, default=3, help="how many new ones")
-    parser.add_argument("--output", type=Path, default=Path("out/shapes/grown"), help="a folder that is not there yet")
-    args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"--output: {args.output} is there already; choose another name or remove it")
-    grown = grow(read_transformer(args.transformer), args.blocks)
-    grown.save_pretrained(args.output)
+    parser.add_argument("--output", type=Path, default=Path("out/shapes/grown"), help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    args = parser.parse_args(argv)
+    try:
+        with written_whole(args.output, args.overwrite) as folder:
+            grown = grow(read_transformer(args.transformer), args.blocks)
+            grown.save_pretrained(folder)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{args.output}: {grown.config.num_layers} blocks, {grown.num_parameters() / 1e6:.1f} M parameters")
 
 
