@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint_io import one_line
 from ..model_info import locate
 from ..transformer_localdit import LocalDiTTransformer2DModel
 from .checkpoints import EMA, TRANSFORMER, latest_checkpoint
 from .objective import initialize_weights
+from .optimizers import optimizer_bytes
 from .settings import TrainingSettings
 
 VAE_SCALE_FACTOR = 8  # pixels of a picture to one of its latent
@@ -104,22 +104,6 @@ def compile_blocks(transformer: LocalDiTTransformer2DModel, num_sizes: int) -> N
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
-def build_optimizer(settings: TrainingSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    arguments = {
-        "lr": settings.learning_rate,
-        "betas": (0.9, settings.adam_beta2),
-        "eps": 1e-10,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **arguments)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ValueError("--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(parameters, **arguments)
-
-
 def memory_estimate(transformer: LocalDiTTransformer2DModel, settings: TrainingSettings) -> dict[str, int]:
     """
     Bytes that training takes on one device, by what they are for: as if nothing was divided among processes, without
@@ -130,7 +114,7 @@ def memory_estimate(transformer: LocalDiTTransformer2DModel, settings: TrainingS
     return {
         "weights": 4 * parameters,
         "gradients": 4 * trained,
-        "optimizer": (8 if settings.optimizer == "adamw" else 2) * trained,
+        "optimizer": optimizer_bytes(settings, transformer),
         "EMA": 4 * trained if settings.ema_decay is not None else 0,
         "activations": activation_bytes(transformer, settings) // (1 if settings.mixed_precision == "no" else 2),
     }

@@ -65,9 +65,13 @@ class TrainingSettings:
     )
     warmup_steps: int = option(1000, "steps until the learning rate is at its highest", minimum=0)
     decay_steps: int = option(0, "last steps, in which warmup_stable_decay brings it to 0", minimum=0)
-    optimizer: str = option("adamw", "adamw_8bit needs bitsandbytes", choices=("adamw", "adamw_8bit"))
+    optimizer: str = option(
+        "adamw",
+        "muon is for the blocks' matrices, with AdamW for the rest; adamw_8bit needs bitsandbytes",
+        choices=("adamw", "adamw_8bit", "muon"),
+    )
     adam_beta2: float = option(0.999, "of AdamW", minimum=0)
-    weight_decay: float = option(0.03, "of AdamW", minimum=0)
+    weight_decay: float = option(0.03, "of the optimizer", minimum=0)
     max_grad_norm: float = option(0.01, "where the norm of the gradient is cut", minimum=0)
     ema_decay: float | None = option(0.9999, "of the average of the weights; none for no average", minimum=0)
     logit_normal_timesteps: float = option(0.0, "share of timesteps around the middle; others are uniform", minimum=0)

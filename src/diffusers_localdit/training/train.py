@@ -39,12 +39,12 @@ from .engine import BrokenSamples, as_number, build_accelerator, stop_signal, su
 from .models import (
     PATCH_SIZE,
     VAE_SCALE_FACTOR,
-    build_optimizer,
     build_transformer,
     compile_blocks,
     memory_estimate,
 )
 from .objective import diffusion_loss, offset_noise, training_scheduler
+from .optimizers import build_optimizer
 from .settings import Parser, TrainingSettings, add_arguments, resolve
 from .sources import Source, open_source
 from .validation import Metrics, save_pictures, save_plot, validation_loss
@@ -161,7 +161,7 @@ def train(
     check_channels(transformer, conditioning)
     if settings.compile:
         compile_blocks(transformer, len(dataset.sizes))
-    optimizer = build_optimizer(settings, trainable(transformer))
+    optimizer = build_optimizer(settings, transformer)
     schedule = build_schedule(settings, optimizer)
     model, optimizer, schedule = accelerator.prepare(transformer, optimizer, schedule)
     ema = EMAModel(trainable(model), decay=settings.ema_decay) if settings.ema_decay is not None else None
