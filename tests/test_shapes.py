@@ -154,7 +154,7 @@ def test_objects_are_whole_and_apart_and_as_related(seed, kind):
 def test_two_objects_are_told_in_reading_order(seed):
     rng = np.random.default_rng(seed)
     first, second = scenes.sample_scene(rng, "two").objects
-    assert first.x + first.y <= second.x + second.y
+    assert first.x + first.y < scenes.IMAGE_SIZE < second.x + second.y
     for placed in (first, second):
         assert all(
             c - placed.radius >= scenes.MARGIN and c + placed.radius <= 128 - scenes.MARGIN

@@ -37,7 +37,7 @@ COUNTS = ("one", "two", "three", "four")
 # The direction from the first object to the second: (x, y), with y pointing down as in pictures.
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-KINDS = {"single": 0.20, "two": 0.25, "relation": 0.30, "count": 0.25}  # shares of the training pictures
+KINDS = {"single": 0.20, "two": 0.27, "relation": 0.26, "count": 0.27}  # shares of the training pictures
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,9 @@ def _place_beside(rng: np.random.Generator, radii: list[float], relation: str, s
 
 def place(spec: Spec, rng: np.random.Generator, size: int = IMAGE_SIZE) -> tuple[Placed, ...]:
     """
-    Draws radii and positions for what `spec` asks for. "A and B" is told in reading order: A is nearer to the upper
-    left corner. Where a caption leaves open which of two objects is where, a small model likes to draw one twice.
+    Draws radii and positions for what `spec` asks for. "A and B" is told in reading order: A has its centre in the
+    upper left half of the picture, B in the lower right one, on either side of the diagonal that rises to the right.
+    Where it is left open, or hangs on the other object, which of two is where, a small model likes to draw one twice.
     """
     items = spec.items * spec.count
     if spec.kind == "count":
@@ -233,8 +234,8 @@ def place(spec: Spec, rng: np.random.Generator, size: int = IMAGE_SIZE) -> tuple
         radii = [rng.uniform(*RADII[item.size]) for item in items]
     beside = spec.kind == "relation"
     centres = _place_beside(rng, radii, spec.relation, size) if beside else _scatter(rng, radii, size)
-    if spec.kind == "two" and centres[0].sum() > centres[1].sum():
-        centres = size - centres
+    while spec.kind == "two" and not centres[0].sum() < size < centres[1].sum():
+        centres = _scatter(rng, radii, size)
     return tuple(Placed(item, float(x), float(y), radius) for item, (x, y), radius in zip(items, centres, radii))
 
 
