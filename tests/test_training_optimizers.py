@@ -6,7 +6,7 @@ from test_training_distributed import FSDP2
 from training_inputs import Training, assert_same_run, rows, run_processes, write_shard
 
 from diffusers_localdit import LocalDiTTransformer2DModel
-from diffusers_localdit.training.models import memory_estimate
+from diffusers_localdit.training.models import add_lora, memory_estimate
 from diffusers_localdit.training.optimizers import build_optimizer, split_parameters
 from diffusers_localdit.training.settings import TrainingSettings
 
@@ -60,6 +60,17 @@ def test_follows_both_alone_also_after_loading(transformer):
         for part in alone:
             part.step()
     assert all(our.equal(their) for our, their in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True))
+
+
+def test_low_rank_layers_are_matrices_all_of_them(transformer):
+    add_lora(transformer, rank=2)
+    matrices, others = split_parameters(transformer)
+    assert len(matrices) == sum(p.requires_grad for p in transformer.parameters()) > 0 and not others
+    before = [matrix.detach().clone() for matrix in matrices]
+    optimizer = build_optimizer(MUON, transformer)
+    draw_gradients(matrices, seed=0)
+    optimizer.step()
+    assert not any(matrix.equal(other) for matrix, other in zip(matrices, before))
 
 
 def test_updates_are_of_the_size_of_those_of_adamw(transformer):

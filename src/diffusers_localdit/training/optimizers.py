@@ -65,10 +65,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float, **adamw
     ):
-        self.parts = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True, **adamw),
-        )
+        self.parts = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if others:  # low-rank layers are matrices, all of them
+            self.parts += [torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, fused=True, **adamw)]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     @torch.no_grad()
