@@ -22,7 +22,7 @@ from pipeline_fixtures import make_components
 from safetensors.torch import load_file
 
 import diffusers_localdit
-from diffusers_localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
 from diffusers_localdit.cli import main
 from diffusers_localdit.png_settings import SETTINGS, read_settings, settings_chunks
 from diffusers_localdit.precision import fast_dtype
@@ -227,6 +227,11 @@ class TestGenerate:
         assert run("generate", *alone) == 0
         for name in ("like.png", "alone.png"):
             assert (tmp_path / name).read_bytes() == (tmp_path / names[2]).read_bytes()
+
+    def test_guidance_is_by_default_that_of_the_models_example_pictures(self, tmp_path):
+        assert run("generate", "a red circle on a white background", "--steps", 2, "--output", tmp_path / "a.png") == 0
+        example = next(iter(sorted((BUNDLED_MODEL / "images").glob("*.png"))))
+        assert read_settings(tmp_path / "a.png")["guidance_scale"] == read_settings(example)["guidance_scale"] == 1.5
 
     def test_defaults_are_those_of_the_pipeline(self, model, tmp_path):
         assert run("generate", "a", "--model", model, "--output", tmp_path / "a.png", "--seed", 7) == 0

@@ -18,6 +18,7 @@ from PIL import Image
 
 from . import __version__, conversion, demo, hub
 from .checkpoint_io import one_line, written_whole
+from .demo.examples import examples_of
 from .key_mapping import DTYPES
 from .model_info import BUNDLED_NAME, describe, locate
 from .pipeline_localdit import LocalDiTPipeline
@@ -150,7 +151,12 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
     command.add_argument("--height", type=positive, metavar="PIXELS", help=f"default: {default_size}")
     command.add_argument("--width", type=positive, metavar="PIXELS", help=f"default: {default_size}")
     command.add_argument("--steps", type=positive, metavar="N", help="denoising steps")
-    command.add_argument("--guidance-scale", type=float, metavar="X", help="how closely to follow the prompt")
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="X",
+        help="how closely to follow the prompt (default: as the first picture in the model's images, or 4.5)",
+    )
     command.add_argument(
         "--seed",
         type=seed_number,
@@ -275,6 +281,9 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(reason)
     if settings["model"] != BUNDLED_NAME:
         settings["model"] = str(locate(settings["model"]))
+    if isinstance(locate(settings["model"]), Path) and (examples := examples_of(settings["model"])):
+        # As in the demo: what suits the model, which may be far from the pipeline's default.
+        settings = {"guidance_scale": examples[0].settings["guidance_scale"]} | settings
     if args.prompts is None and "prompt" not in settings:
         raise ValueError("give a PROMPT, or a picture to repeat with --like")
     return settings
