@@ -283,7 +283,7 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["model"] = str(locate(settings["model"]))
     if isinstance(locate(settings["model"]), Path) and (examples := examples_of(settings["model"])):
         # As in the demo: what suits the model, which may be far from the pipeline's default.
-        settings = {"guidance_scale": examples[0].settings["guidance_scale"]} | settings
+        settings = {k: v for k, v in examples[0].settings.items() if k == "guidance_scale"} | settings
     if args.prompts is None and "prompt" not in settings:
         raise ValueError("give a PROMPT, or a picture to repeat with --like")
     return settings
