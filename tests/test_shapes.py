@@ -1,5 +1,6 @@
 """The recipe of the bundled model: captions, pictures, the judge, the tokenizer, putting the parts together."""
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,20 @@ def test_pictures_to_train_on_have_captions_with_parts_left_out_and_others_have_
     assert all(map(whole, captions(colour="purple")))
 
 
+def test_a_share_of_the_pictures_can_be_asked_to_show_a_faint_object():
+    def shares(**options):
+        drawn = [make_sample(0, number, **options) for number in range(200)]
+        captions = [caption for _, members in drawn if (caption := whole_caption(members))]
+        return np.mean([scenes.parse_caption(caption).is_faint() for caption in captions])
+
+    def whole_caption(members):
+        caption = members["txt"].decode()
+        return caption if " on " in caption and any(colour in caption for colour in scenes.COLOURS) else None
+
+    assert shares() < 0.15 and 0.4 < shares(faint=0.5) < 0.7 and shares(faint=1.0) == 1
+    assert make_sample(0, 3) == make_sample(0, 3, faint=0.0)
+
+
 def test_held_out_captions_are_a_tenth_of_every_kind_and_never_drawn_for_training():
     rng = np.random.default_rng(0)
     for kind in scenes.KINDS:
@@ -133,6 +148,26 @@ def test_held_out_does_not_depend_on_the_wording_nor_on_the_process():
 
 
 # Pictures
+
+
+def test_faint_objects_are_those_nearest_to_the_empty_picture_as_latents():
+    pipeline = LocalDiTPipeline.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    vae, processor = pipeline.vae, pipeline.image_processor
+
+    def latents(background, *objects):
+        picture = scenes.render(scenes.Scene(scenes.Spec("single", background, ()), objects, ""))
+        with torch.no_grad():
+            return vae.encode(processor.preprocess(picture)).latent_dist.mean * vae.config.scaling_factor
+
+    distances = {True: [], False: []}
+    for background in scenes.BACKGROUNDS:
+        empty = latents(background)
+        for colour, shape in itertools.product(scenes.COLOURS, scenes.SHAPES):
+            item = scenes.Item(colour, shape, "small")
+            distance = (latents(background, scenes.Placed(item, 64, 64, 13)) - empty).norm().item()
+            distances[scenes.Spec("single", background, (item,)).is_faint()].append(distance)
+    assert [round(min(of), 1) for of in distances.values()] == [3.2, 5.8]
+    assert [round(max(of), 1) for of in distances.values()] == [4.4, 30.1]
 
 
 @given(seed=seeds, kind=kinds)

@@ -22,11 +22,11 @@ def in_one_colour(scene: Scene, colour: str) -> Scene:
 
 
 def make_sample(
-    seed: int, number: int, held_out: bool = False, colour: str | None = None
+    seed: int, number: int, held_out: bool = False, colour: str | None = None, faint: float = 0.0
 ) -> tuple[str, dict[str, bytes]]:
     """Key of a picture and its members by extension."""
     rng = np.random.default_rng([seed, number])
-    scene = sample_scene(rng, held_out=held_out)
+    scene = sample_scene(rng, held_out=held_out, faint=faint > 0 and rng.random() < faint)
     picture = io.BytesIO()
     render(scene if colour is None else in_one_colour(scene, colour)).save(picture, "PNG")
     caption = scene.caption if held_out or colour else leave_out(scene.caption, rng)
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true", help="of the captions that training never sees")
     parser.add_argument("--colour", choices=COLOURS, help="of all objects, whatever captions say: a style for LoRA")
+    parser.add_argument("--faint", type=float, default=0.0, help="share that must show one of the objects in FAINT")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None):
         path = args.output / SHARD_NAME.format(shard)
         if not path.exists():
             numbers = range(start, min(start + args.samples_per_shard, args.pictures))
-            write_shard(path, (make_sample(args.seed, number, args.held_out, args.colour) for number in numbers))
+            settings = (args.held_out, args.colour, args.faint)
+            write_shard(path, (make_sample(args.seed, number, *settings) for number in numbers))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ COUNTS = ("one", "two", "three", "four")
 # The direction from the first object to the second: (x, y), with y pointing down as in pictures.
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Colours that hardly differ from a background. As latents of the bundled VAE, small shapes in them are 3.2 to 4.4 away
+# from the empty picture, all others 5.8 to 30.1: the sampler's noise hides these longest, and with few to learn from, a
+# model leaves them out.
+FAINT = {("yellow", "white"), ("blue", "black")}
 KINDS = {"single": 0.20, "two": 0.27, "relation": 0.26, "count": 0.27}  # shares of the training pictures
 
 
@@ -63,6 +67,11 @@ class Spec:
     items: tuple[Item, ...]
     relation: str | None = None
     count: int = 1
+
+    def is_faint(self) -> bool:
+        """Whether an object, small or counted, hardly differs from the background."""
+        small = [item for item in self.items if item.size == "small" or self.kind == "count"]
+        return any((item.colour, self.background) in FAINT for item in small)
 
     def canonical(self) -> "Spec":
         """The same content in one order: "A right of B" is "B left of A", "A and B" is "B and A"."""
@@ -239,20 +248,27 @@ def place(spec: Spec, rng: np.random.Generator, size: int = IMAGE_SIZE) -> tuple
     return tuple(Placed(item, float(x), float(y), radius) for item, (x, y), radius in zip(items, centres, radii))
 
 
-def sample_caption(rng: np.random.Generator, kind: str | None = None, held_out: bool = False) -> tuple[Spec, str]:
-    """Draws a caption; of `kind` or of all kinds in the shares of `KINDS`, from the held-out tenth or the others."""
+def sample_caption(
+    rng: np.random.Generator, kind: str | None = None, held_out: bool = False, faint: bool = False
+) -> tuple[Spec, str]:
+    """
+    Draws a caption; of `kind` or of all kinds in the shares of `KINDS`, from the held-out tenth or the others, of
+    anything or of a `faint` object at least.
+    """
     if kind is None:
         kind = _choice(rng, KINDS, p=tuple(KINDS.values()))
     while True:
         spec = sample_spec(rng, kind)
         caption = write_caption(spec, rng)
-        if is_held_out(caption) == held_out:
+        if is_held_out(caption) == held_out and (spec.is_faint() or not faint):
             return spec, caption
 
 
-def sample_scene(rng: np.random.Generator, kind: str | None = None, held_out: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, kind: str | None = None, held_out: bool = False, faint: bool = False
+) -> Scene:
     """Draws a caption like `sample_caption` and a picture that it describes."""
-    spec, caption = sample_caption(rng, kind, held_out)
+    spec, caption = sample_caption(rng, kind, held_out, faint)
     return Scene(spec, place(spec, rng), caption)
 
 
