@@ -38,8 +38,8 @@ COUNTS = ("one", "two", "three", "four")
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Colours that hardly differ from a background. As latents of the bundled VAE, small shapes in them are 3.2 to 4.4 away
-# from the empty picture, all others 5.8 to 30.1: the noise of the sampler hides these longest, and a model that has few of
-# them to learn from leaves them out.
+# from the empty picture, all others 5.8 to 30.1. The noise of the sampler hides these longest, and a model that has
+# few of them to learn from leaves them out.
 FAINT = {("yellow", "white"), ("blue", "black")}
 KINDS = {"single": 0.20, "two": 0.27, "relation": 0.26, "count": 0.27}  # shares of the training pictures
 
