@@ -155,7 +155,7 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
         "--guidance-scale",
         type=float,
         metavar="X",
-        help="how closely to follow the prompt (default: as the first picture in the model's images, or 4.5)",
+        help="how closely to follow the prompt (default: as the model's first example picture, else the pipeline's)",
     )
     command.add_argument(
         "--seed",
@@ -279,11 +279,13 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.like} has the dtype {settings['dtype']!r}; choose one with --dtype")
     if settings["dtype"] == "int8" and (reason := why_not_int8(device)):
         raise ValueError(reason)
+    source = locate(settings["model"])
     if settings["model"] != BUNDLED_NAME:
-        settings["model"] = str(locate(settings["model"]))
-    if isinstance(locate(settings["model"]), Path) and (examples := examples_of(settings["model"])):
+        settings["model"] = str(source)
+    examples = examples_of(settings["model"]) if isinstance(source, Path) else []
+    if examples and "guidance_scale" in examples[0].settings:
         # As in the demo: what suits the model, which may be far from the pipeline's default.
-        settings = {k: v for k, v in examples[0].settings.items() if k == "guidance_scale"} | settings
+        settings.setdefault("guidance_scale", examples[0].settings["guidance_scale"])
     if args.prompts is None and "prompt" not in settings:
         raise ValueError("give a PROMPT, or a picture to repeat with --like")
     return settings
