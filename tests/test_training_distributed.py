@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
+import torch
 from training_inputs import ENVIRONMENT, Training, arguments, rows, run_processes, weights, write_shard
 
 from diffusers_localdit import LocalDiTTransformer2DModel
@@ -18,6 +21,21 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_CPU": "false",  # with which accelerate would pass over DeepSpeed
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "DS_ACCELERATOR": "cpu",
+}
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or which("g++") is None,
+    reason="needs DeepSpeed (pip install deepspeed) and g++, with which DeepSpeed compiles a part of itself",
+)
+ENGINES = {  # the environment, and the pieces of the optimizer's state
+    "fsdp2": (FSDP2, "optimizer_0/*.distcp"),
+    "deepspeed": (DEEPSPEED, "pytorch_model/zero_pp_rank_*_optim_states.pt"),
+}
+engines = pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
 STEPS = 20
 SETTINGS = {"steps": STEPS, "validate_every": 10, "checkpoint_every": 10}
 
@@ -58,16 +76,18 @@ def test_run_goes_on_with_another_number_of_processes(data, one_process, tmp_pat
     assert_follows(output, one_process)
 
 
-def test_sharded_run_follows_resumes_and_saves_what_one_process_loads(data, one_process, tmp_path):
+@engines
+def test_sharded_run_follows_resumes_and_saves_what_one_process_loads(engine, data, one_process, tmp_path):
     output = tmp_path / "run"
+    env, pieces = ENGINES[engine]
     for steps in (10, STEPS):  # the second part from the checkpoint of the first
         settings = SETTINGS | {"steps": steps}
-        for process in run_processes(data, output, count=2, batch_size=2, env=FSDP2, **settings):
+        for process in run_processes(data, output, count=2, batch_size=2, env=env, **settings):
             process.finish()
     assert_follows(output, one_process)
 
     checkpoint = output / "checkpoints" / f"step_{STEPS:08d}"
-    assert len(list(checkpoint.glob("state/optimizer_0/*.distcp"))) == 2  # it was sharded indeed
+    assert len(list(checkpoint.glob(f"state/{pieces}"))) == 2  # it was sharded indeed
     plain, average = (
         LocalDiTTransformer2DModel.from_pretrained(checkpoint, subfolder="transformer", variant=variant)
         for variant in (None, "ema")
@@ -83,15 +103,68 @@ def test_sharded_run_follows_resumes_and_saves_what_one_process_loads(data, one_
     assert rows(tmp_path / "alone")[0]["validation_loss"] == pytest.approx(validated, rel=1e-6)
 
 
+@engines
+def test_optimizer_in_pieces_is_not_taken_for_a_whole_one(engine, data, tmp_path):
+    """DeepSpeed, for one, would begin with a new optimizer and not say so."""
+    output = tmp_path / "run"
+    env, _ = ENGINES[engine]
+    Training(data, output, batch_size=4, **(SETTINGS | {"steps": 10})).finish()
+    for process in run_processes(data, output, count=2, batch_size=2, env=env, **SETTINGS):
+        message = process.error()
+        assert "with the optimizer's state in one piece, but now it is divided by" in message
+        assert f"--init-from {output}" in message
+
+
+@needs_deepspeed
+class TestDeepSpeed:
+    def test_gradients_are_accumulated(self, data, tmp_path):
+        settings = {"gradient_accumulation_steps": 2, "steps": STEPS, "validate_every": 10}
+        Training(data, tmp_path / "one", batch_size=4, **settings).finish()
+        for process in run_processes(data, tmp_path / "two", count=2, batch_size=2, env=DEEPSPEED, **settings):
+            process.finish()
+        assert_follows(tmp_path / "two", tmp_path / "one")
+
+    def test_bfloat16_is_computed_in_and_not_kept_in(self, data, tmp_path):
+        """accelerate's own way with DeepSpeed rounds the weights, and the average of them that is shipped."""
+        env = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+        settings = {"steps": 4, "batch_size": 4, "mixed_precision": "bf16", "learning_rate": 1e-5}
+        Training(data, tmp_path / "plain", **settings).finish()
+        (process,) = run_processes(data, tmp_path / "run", count=1, env=env, **settings)
+        process.finish()
+        for variant in ("", ".ema"):
+            tensors = weights(tmp_path / "run", 4, variant)
+            assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+            assert not all(tensor.bfloat16().float().equal(tensor) for tensor in tensors.values())
+        Training(data, tmp_path / "exact", **(settings | {"mixed_precision": "no"})).finish()
+        norms = {name: [row["gradient_norm"] for row in rows(tmp_path / name)] for name in ("run", "plain", "exact")}
+        assert norms["run"] == pytest.approx(norms["plain"], rel=1e-5)
+        assert norms["run"] != pytest.approx(norms["exact"], rel=1e-5)
+
+    def test_divided_weights_are_refused(self, data, tmp_path):
+        env = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+        (process,) = run_processes(data, tmp_path / "run", count=1, env=env)
+        assert "ZeRO stage 3 is not supported: take stage 1 or 2, or FSDP" in process.error()
+
+    def test_number_of_processes_must_stay(self, data, tmp_path):
+        output = tmp_path / "run"
+        for process in run_processes(data, output, count=2, batch_size=2, env=DEEPSPEED, steps=2):
+            process.finish()
+        (process,) = run_processes(data, output, count=1, batch_size=4, env=DEEPSPEED, steps=4)
+        assert "divided by DeepSpeed among 2 processes, but now it is divided by DeepSpeed among 1" in process.error()
+
+
 @pytest.mark.slow
-def test_launcher_with_the_configuration_in_the_repository(data, one_process, tmp_path):
+@engines
+def test_launcher_with_the_configuration_in_the_repository(engine, data, one_process, tmp_path):
     """`accelerate launch` as the documentation has it."""
     root = Path(__file__).parents[1]
     output = tmp_path / "run"
+    env, pieces = ENGINES[engine]
+    env = ENVIRONMENT | {name: env[name] for name in ("ACCELERATE_USE_CPU", "DS_ACCELERATOR") if name in env}
     command = [Path(sys.executable).with_name("accelerate"), "launch"]
-    command += ["--config_file", root / "examples/accelerate/fsdp2.yaml", "--num_processes", "2"]
+    command += ["--config_file", root / f"examples/accelerate/{engine}.yaml", "--num_processes", "2"]
     command += [root / "examples/train.py", *arguments(data, output, **(SETTINGS | {"batch_size": 2}))]
-    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(output.glob("checkpoints/*/state/optimizer_0/*.distcp"))
+    assert list(output.glob(f"checkpoints/*/state/{pieces}"))
     assert_follows(output, one_process)

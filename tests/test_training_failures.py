@@ -91,6 +91,19 @@ class TestBeforeTheFirstStep:
         message = refusal(capsys, *arguments(data, tmp_path / "run", tracker="wandb"))
         assert "needs wandb: pip install wandb" in message
 
+    @pytest.mark.parametrize(
+        "installed, name, value, expected",
+        [
+            (False, "seed", 0, "asks for DeepSpeed: pip install deepspeed"),
+            (True, "optimizer", "muon", "take adamw, or FSDP"),
+            (True, "mixed_precision", "fp16", "give --mixed-precision bf16 or no"),
+        ],
+    )
+    def test_deepspeed(self, installed, name, value, expected, data, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setattr("diffusers_localdit.training.engine.is_deepspeed_available", lambda: installed)
+        assert expected in refusal(capsys, *arguments(data, tmp_path / "run", **{name: value}))
+
 
 def test_command_and_script_say_the_same(capsys):
     """`localdit train` and `examples/train.py` are one thing."""

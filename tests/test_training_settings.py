@@ -143,10 +143,11 @@ class TestRefusals:
         assert "compile must be true or false" in refusal(capsys, "--config", config)
 
 
-def manifest(settings: TrainingSettings, processes: int = 1, data: str = "these") -> dict:
+def manifest(settings: TrainingSettings, processes: int = 1, data: str = "these", pieces: str = "whole") -> dict:
     """What a checkpoint remembers."""
     batch = settings.batch_size * processes
-    return {"settings": dataclasses.asdict(settings), "global_batch_size": batch, "data": data}
+    remembered = {"settings": dataclasses.asdict(settings), "global_batch_size": batch}
+    return remembered | {"data": data, "optimizer_state": pieces}
 
 
 class TestResuming:
@@ -179,6 +180,12 @@ class TestResuming:
         expected = "started with other samples than pictures holds now; .*--output.*--init-from mine"
         with pytest.raises(ValueError, match=expected):
             settings.check_resumes(manifest(settings), manifest(settings, data="others"))
+
+    def test_pieces_of_the_optimizer_may_not_change(self):
+        settings = TrainingSettings(output="mine")
+        expected = "started with the optimizer's state whole, but now it is halved; .*--output.*--init-from mine"
+        with pytest.raises(ValueError, match=expected):
+            settings.check_resumes(manifest(settings), manifest(settings, pieces="halved"))
 
     def test_list_of_what_may_change_names_settings(self):
         assert set(CHANGEABLE) <= FIELDS.keys()

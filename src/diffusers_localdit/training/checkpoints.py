@@ -193,7 +193,7 @@ def load_weights(folder: Path, accelerator: Accelerator, model: nn.Module, varia
             for name, tensor in state_dict.items()
         }
     options = StateDictOptions(full_state_dict=True, strict=not has_lora(transformer))
-    set_model_state_dict(model, state_dict, options=options)
+    set_model_state_dict(transformer, state_dict, options=options)
 
 
 def weights_path(folder: Path, transformer: nn.Module, variant: str | None) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object, is_deepspeed_available
 
 from .settings import TrainingSettings
 from .sources import MOST_BROKEN
@@ -20,20 +20,29 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     The accelerator for a run; on a CPU with arithmetic that is the same in every run.
 
     Raises:
-        `ValueError`: The precision is not for this machine, or the tracker is not installed.
+        `ValueError`: The precision is not for this machine, or the tracker is not installed, or DeepSpeed is asked for
+            and is not installed or cannot do what the settings say.
     """
     if settings.tracker not in (None, *(str(tracker) for tracker in get_available_trackers())):
         raise ValueError(f"--tracker {settings.tracker} needs {settings.tracker}: pip install {settings.tracker}")
+    on_cpu = not torch.accelerator.is_available()
+    deepspeed = requested("DEEPSPEED")
+    if deepspeed:
+        check_deepspeed(settings)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # unless told, accelerate would leave processes on CPUs apart
-        mixed_precision=settings.mixed_precision,
+        # Unless told, accelerate would leave processes on CPUs apart; but told, it would not take DeepSpeed.
+        cpu=on_cpu and not deepspeed,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else None,
+        # accelerate would have DeepSpeed round the weights to bfloat16, and the average with them.
+        mixed_precision="no" if deepspeed else settings.mixed_precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,  # else the learning rate would depend on the number of processes
         log_with=settings.tracker,
         project_dir=settings.output,
     )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if deepspeed:
+        configure_deepspeed(accelerator, settings)
+    if requested("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate passes the request over on a CPU, where it works all the same.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -45,6 +54,46 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.set_flush_denormal(True)
     return accelerator
+
+
+def requested(engine: str) -> bool:
+    """Whether `accelerate launch` was told to use FSDP, or DeepSpeed."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def check_deepspeed(settings: TrainingSettings) -> None:
+    if not is_deepspeed_available():
+        raise ValueError("the launcher's configuration asks for DeepSpeed: pip install deepspeed")
+    if settings.mixed_precision == "fp16":
+        raise ValueError("with DeepSpeed give --mixed-precision bf16 or no")
+    if settings.optimizer == "muon":
+        raise ValueError(
+            "--optimizer muon needs whole matrices, which DeepSpeed cuts up: take adamw, or FSDP instead of DeepSpeed"
+        )
+
+
+def configure_deepspeed(accelerator: Accelerator, settings: TrainingSettings) -> None:
+    """Write into DeepSpeed's configuration what the settings say, so that there is one place to say it."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed's ZeRO stage 3 is not supported: take stage 1 or 2, or FSDP, which divides weights"
+        )
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": settings.max_grad_norm,
+        "torch_autocast": {"enabled": settings.mixed_precision == "bf16", "dtype": "bfloat16"},
+    }
+
+
+def optimizer_state(accelerator: Accelerator) -> str:
+    """In what pieces the optimizer's state is saved, for people to read. It is loaded in the same."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "divided by FSDP"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"divided by DeepSpeed among {accelerator.num_processes} processes"
+    return "in one piece"
 
 
 @contextmanager

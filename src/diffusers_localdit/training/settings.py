@@ -127,12 +127,13 @@ class TrainingSettings:
 
         Args:
             started (`dict[str, Any]`):
-                `settings` by name, `global_batch_size` (samples in a batch of all processes together), and `data`, the
-                fingerprint of the source, then ...
+                `settings` by name, `global_batch_size` (samples in a batch of all processes together), `data`, the
+                fingerprint of the source, and `optimizer_state`, in what pieces it is, then ...
             now (`dict[str, Any]`): ... and now.
 
         Raises:
-            `ValueError`: The data or a setting that decides what the run computes has changed.
+            `ValueError`: The data or a setting that decides what the run computes has changed, or the processes cannot
+                load the optimizer's state.
         """
         began = f"the run in {self.output} was started with"
         for name, value in dataclasses.asdict(self).items():
@@ -150,6 +151,13 @@ class TrainingSettings:
             raise ValueError(
                 f"{began} other samples than {self.data_root} holds now; put them back, or give another --output (and"
                 f" --init-from {self.output} to go on with its weights)"
+            )
+        after = now["optimizer_state"]
+        before = started.get("optimizer_state", after)
+        if before != after:
+            raise ValueError(
+                f"{began} the optimizer's state {before}, but now it is {after}; put the launcher's configuration"
+                f" back, or give another --output (and --init-from {self.output} to go on with its weights)"
             )
 
 

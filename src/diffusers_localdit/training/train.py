@@ -35,7 +35,14 @@ from .checkpoints import (
 )
 from .conditioning import Conditioning
 from .dataset import TrainingDataset, training_loader
-from .engine import BrokenSamples, as_number, build_accelerator, stop_signal, sum_over_processes
+from .engine import (
+    BrokenSamples,
+    as_number,
+    build_accelerator,
+    optimizer_state,
+    stop_signal,
+    sum_over_processes,
+)
 from .models import (
     PATCH_SIZE,
     VAE_SCALE_FACTOR,
@@ -122,6 +129,7 @@ def train(
         "settings": dataclasses.asdict(settings),
         "global_batch_size": global_batch_size,
         "data": source.fingerprint(),
+        "optimizer_state": optimizer_state(accelerator),
     }
     checkpoint = latest_checkpoint(checkpoint_folder)
     step = 0
@@ -316,7 +324,7 @@ def stop_diverged(
     culprits, names = gather_object(culprits), gather_object(names)
     named = f"the samples {', '.join(culprits)}" if culprits else f"the batch {', '.join(names)}"
     raise FloatingPointError(
-        f"at step {step} the loss is {loss} and the norm of the gradient {norm}, with {named}; the weights were not"
+        f"at step {step} the loss is {loss} and the norm of the gradient {norm}, with {named}; no checkpoint was"
         " changed; " + (f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet")
     )
 
