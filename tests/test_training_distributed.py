@@ -1,5 +1,6 @@
 """Two processes (gloo, CPU) against one: the same samples, the same numbers, checkpoints that either can load."""
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -125,14 +126,24 @@ class TestDeepSpeed:
         assert_follows(tmp_path / "two", tmp_path / "one")
 
     def test_bfloat16_is_computed_in_and_not_kept_in(self, data, tmp_path):
-        """accelerate's own way with DeepSpeed rounds the weights, and the average of them that is shipped."""
-        env = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
-        settings = {"steps": 4, "batch_size": 4, "mixed_precision": "bf16", "learning_rate": 1e-5}
+        """DeepSpeed's own configuration has no say in it, nor in the batch or the clipping."""
+        config = tmp_path / "deepspeed.json"
+        other = {"bf16": {"enabled": True}, "gradient_clipping": 1e-3, "train_micro_batch_size_per_gpu": 7}
+        config.write_text(json.dumps(other | {"zero_optimization": {"stage": 1}}))
+        env = DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+        del env["ACCELERATE_DEEPSPEED_ZERO_STAGE"]  # which accelerate does not want beside a file
+        settings = {
+            "steps": 8,
+            "batch_size": 4,
+            "mixed_precision": "bf16",
+            "learning_rate": 1e-4,
+            "max_grad_norm": 0.8,
+        }
         Training(data, tmp_path / "plain", **settings).finish()
         (process,) = run_processes(data, tmp_path / "run", count=1, env=env, **settings)
         process.finish()
         for variant in ("", ".ema"):
-            tensors = weights(tmp_path / "run", 4, variant)
+            tensors = weights(tmp_path / "run", 8, variant)
             assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
             assert not all(tensor.bfloat16().float().equal(tensor) for tensor in tensors.values())
         Training(data, tmp_path / "exact", **(settings | {"mixed_precision": "no"})).finish()

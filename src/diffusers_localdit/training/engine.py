@@ -84,6 +84,8 @@ def configure_deepspeed(accelerator: Accelerator, settings: TrainingSettings) ->
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "gradient_clipping": settings.max_grad_norm,
         "torch_autocast": {"enabled": settings.mixed_precision == "bf16", "dtype": "bfloat16"},
+        "bf16": {"enabled": False},  # which would round the weights
+        "fp16": {"enabled": False},
     }
 
 
