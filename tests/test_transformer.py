@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.utils import is_peft_available
@@ -17,7 +18,10 @@ from diffusers_localdit.transformer_localdit import (
     QK_NORM_EPS,
     LocalDiTRMSNorm,
     LocalDiTWindowAttnProcessor,
+    apply_rotary,
     cached_token_map_geometry,
+    gelu_tanh_,
+    rotary_table,
 )
 
 
@@ -215,14 +219,36 @@ def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-5, 0.0])
-def test_norm_in_place_is_the_norm(magnitude):
-    """Also where epsilon, 1e-10, is as large as the mean of the squares."""
+def test_norm_in_place_is_the_norm(magnitude, dtype, rtol):
+    """Also where epsilon, 1e-10, is as large as the mean of the squares. Rounded once in half precision."""
     norm = LocalDiTRMSNorm(12, eps=QK_NORM_EPS)
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
-    x = magnitude * torch.randn(3, 5, 2, 12, generator=torch.Generator().manual_seed(0))
-    expected = torch.nn.RMSNorm.forward(norm, x)
-    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=0)
+    x = (magnitude * torch.randn(3, 5, 2, 12, generator=torch.Generator().manual_seed(0))).to(dtype)
+    norm.to(dtype)
+    expected = F.rms_norm(x.double(), (12,), norm.weight.double(), QK_NORM_EPS)
+    normed = norm(x)
+    assert normed.dtype == dtype
+    torch.testing.assert_close(normed.double(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
+)
+def test_gelu_in_place_is_the_gelu(dtype, rtol):
+    x = torch.linspace(-6, 6, 1000).reshape(1, 125, 8).to(dtype)  # more than once 64 rows
+    expected = F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(gelu_tanh_(x).double(), expected, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_rotary_embedding_in_half_precision_is_rounded_once(grad, dtype):
+    cos, sin = rotary_table(3, 5, 12, torch.device("cpu"))
+    x = torch.randn(2, 15, 4, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.set_grad_enabled(grad):
+        assert apply_rotary(x.clone(), cos, sin).equal(apply_rotary(x.float(), cos, sin).to(dtype))
 
 
 @torch.no_grad()

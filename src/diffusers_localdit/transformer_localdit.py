@@ -265,6 +265,11 @@ def multiply(x: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     return x.mul_(factor) if may_overwrite(x, factor) else x * factor
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` if it is in half precision, else `x` itself: steps are then computed in it, and rounded once."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def is_hooked(module: nn.Module) -> bool:
     """
     Whether somebody expects to be told of each call of the module, one in a forward pass: diffusers' caches,
@@ -322,11 +327,12 @@ def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: tor
     """
     if cos is None or sin is None:
         return hidden_states
-    pairs = hidden_states.unflatten(-1, (-1, 2))
-    if hidden_states.dtype == torch.float32 and not torch.compiler.is_compiling():
+    pairs = at_least_float32(hidden_states).unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():
         # One pass over memory. Compilers fuse the lines below, but do not know complex numbers.
-        return torch.view_as_real(multiply(torch.view_as_complex(pairs), torch.complex(cos, sin))).flatten(-2)
-    a, b = pairs.unbind(-1)  # the float32 table promotes lower precisions
+        turned = multiply(torch.view_as_complex(pairs), torch.complex(cos, sin))
+        return torch.view_as_real(turned).flatten(-2).to(hidden_states.dtype)
+    a, b = pairs.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(hidden_states.dtype)
 
 
@@ -534,10 +540,12 @@ class LocalDiTRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not works_in_slabs(x) or not x.dtype == self.weight.dtype == torch.float32:
+        dtype = x.dtype
+        if not works_in_slabs(x) or dtype != self.weight.dtype:
             return super().forward(x)
+        x = at_least_float32(x)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return x.mul_(scale).mul_(self.weight)
+        return x.mul_(scale).mul_(self.weight).to(dtype)
 
 
 class LocalDiTAttention(nn.Module, AttentionModuleMixin):
@@ -625,9 +633,10 @@ def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
     The tanh approximation of GELU in place, as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): a sigmoid takes a CPU
     half the time of a tanh.
     """
-    scale = hidden_states.new_tensor(2 * (2 / math.pi) ** 0.5)
+    scale = hidden_states.new_tensor(2 * (2 / math.pi) ** 0.5, dtype=torch.float64)
     for rows in hidden_states.flatten(0, -2).split(64):  # what a few rows make stays in the nearest cache
-        rows.mul_(torch.addcmul(scale, rows, rows, value=0.044715 * scale.item()).mul_(rows).sigmoid_())
+        x = at_least_float32(rows)
+        rows.copy_(x.mul_(torch.addcmul(scale, x, x, value=0.044715 * scale.item()).mul_(x).sigmoid_()))
     return hidden_states
 
 
