@@ -1,6 +1,5 @@
 """What accelerate is told, and the little that it leaves to us: stopping on a signal, sums over processes."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, gather_object, is_deepspeed_available
+from accelerate.utils import InitProcessGroupKwargs, gather_object, is_deepspeed_available, parse_flag_from_env
 
 from .settings import TrainingSettings
 from .sources import MOST_BROKEN
@@ -26,7 +25,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     if settings.tracker not in (None, *(str(tracker) for tracker in get_available_trackers())):
         raise ValueError(f"--tracker {settings.tracker} needs {settings.tracker}: pip install {settings.tracker}")
     on_cpu = not torch.accelerator.is_available()
-    deepspeed = requested("DEEPSPEED")
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if deepspeed:
         check_deepspeed(settings)
     accelerator = Accelerator(
@@ -42,7 +41,7 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     )
     if deepspeed:
         configure_deepspeed(accelerator, settings)
-    if requested("FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate passes the request over on a CPU, where it works all the same.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -54,11 +53,6 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.set_flush_denormal(True)
     return accelerator
-
-
-def requested(engine: str) -> bool:
-    """Whether `accelerate launch` was told to use FSDP, or DeepSpeed."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
 def check_deepspeed(settings: TrainingSettings) -> None:
