@@ -25,12 +25,13 @@ from plain_transformer import plain_forward
 from torch import nn
 
 from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.training.models import compile_blocks
 
 LOCALDIT_LAYERS = 18
 PIXART_LAYERS = {"pixart-28": 28, "pixart-18": 18}
 MODELS = [
     *PIXART_LAYERS,
-    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "compiled", "triton") for branch in ("global", "folded")),
+    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "triton") for branch in ("global", "folded")),
 ]
 BASELINE = "pixart-28"
 TEXT_TOKENS = 120
@@ -86,9 +87,16 @@ def make_model(name: str, layers: int | None, device: torch.device, dtype: torch
         from diffusers_localdit.kernels import install_triton_kernels  # needs the extra `triton`
 
         install_triton_kernels(model)
-    if name.startswith("compiled"):
-        model.compile_repeated_blocks(fullgraph=True)
     return model
+
+
+def compile_model(model: nn.Module, num_sizes: int) -> None:
+    """Block by block and for each size anew, as in training; the plain computation, which calls no block, stays."""
+    if isinstance(model, LocalDiTTransformer2DModel):
+        compile_blocks(model, num_sizes)
+    else:
+        for block in model.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=False)
 
 
 def runner(name: str, model: nn.Module, inputs: dict) -> Callable[[], torch.Tensor]:
@@ -116,7 +124,7 @@ def record_products(model: nn.Module, forward: Callable[[], torch.Tensor]) -> Ca
         for module in model.modules()
         if isinstance(module, nn.Linear)
     ]
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
         forward()
     for handle in handles:
         handle.remove()
@@ -206,14 +214,14 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
     for name in args.models:
         log(f"{height} x {width}, batch {batch_size}, {mode}: {name}")
         model = make_model(name, args.layers, args.device, args.dtype)
+        if args.compile:
+            compile_model(model, len(args.sizes) * len(args.batches))
         error = None if name in PIXART_LAYERS else check_parity(name, model, inputs, training)
         forward = runner(name, model, inputs)
         steps[name] = functools.partial(training_step, model, forward) if training else torch.no_grad()(forward)
         products = f"{architecture(name)} products"
         if products not in steps:
-            eager = make_model(name.replace("compiled", "plain"), args.layers, args.device, args.dtype)
-            run_products = record_products(eager, lambda eager=eager: eager(**inputs))
-            steps[products] = functools.partial(run_products, training)
+            steps[products] = functools.partial(record_products(model, forward), training)
         rows.append(
             {
                 "model": name,
@@ -306,6 +314,7 @@ def main(args: argparse.Namespace) -> None:
     if args.plot is not None:
         plot(earlier + rows, args.plot)
     settings = {"layers": args.layers, "cpu_time": args.cpu_time, "dtype": str(args.dtype), "device": str(args.device)}
+    settings["compile"] = args.compile
     print(json.dumps({**settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
 
 
@@ -322,6 +331,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=parse_size, default=sizes, help="pixels: HEIGHTxWIDTH or SIDE")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of all but the plain models")
     parser.add_argument("--layers", type=int, help="layers to run in place of all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(

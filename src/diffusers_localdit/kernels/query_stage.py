@@ -153,4 +153,4 @@ def backward(
             grad_convolved, weight, grad_map, grad_weight, height, width,
             FEATURES=False, C=channels, CHANNELS=CHANNELS, SIDE=SIDE,
         )  # fmt: skip
-    return grad_map, grad_weight.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return grad_map, grad_weight.sum(0).t().reshape(weight.shape).to(weight.dtype).contiguous()
