@@ -6,6 +6,8 @@ All models of a table take turns in one process, and so do their matrix products
 implementation. A model that does not give the numbers of the plain computation is not timed and its table not printed.
 A full run takes hours on a CPU: choose models and sizes, or `--layers`: models of so few layers are run (each layer
 costs the same) and their times multiplied to the full depth, 18 for LocalDiT, 28 or 18 for PixArt.
+With `--cuda-graph` every step, the products too, is a CUDA graph whose replay is timed: the time of the GPU alone,
+without that of the CPU's launches. Peak memory and parity are those of the step itself.
 The last line is JSON.
 """
 
@@ -23,6 +25,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from plain_transformer import plain_forward
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from diffusers_localdit import LocalDiTTransformer2DModel
 from diffusers_localdit.training.models import compile_blocks
@@ -35,7 +38,11 @@ MODELS = [
 ]
 BASELINE = "pixart-28"
 TEXT_TOKENS = 120
+WARM_UP_RUNS = 3  # before a capture, as PyTorch's documentation has it
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+Step = Callable[[], list[torch.Tensor] | None]  # its results, where there is something to compare
 
 
 class ParityError(Exception):
@@ -75,10 +82,11 @@ def make_model(name: str, layers: int | None, device: torch.device, dtype: torch
         return make_model(f"localdit-{architecture(name)}", layers, device, dtype)
     torch.manual_seed(0)
     num_layers = layers or full_depth(name)
-    if name in PIXART_LAYERS:
-        model = PixArtTransformer2DModel(num_layers=num_layers, sample_size=128, caption_channels=4096)
-    else:
-        model = LocalDiTTransformer2DModel(num_layers=num_layers, use_global_context=name.endswith("global"))
+    with device:  # a GPU makes the weights in a fraction of the time
+        if name in PIXART_LAYERS:
+            model = PixArtTransformer2DModel(num_layers=num_layers, sample_size=128, caption_channels=4096)
+        else:
+            model = LocalDiTTransformer2DModel(num_layers=num_layers, use_global_context=name.endswith("global"))
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -105,29 +113,64 @@ def runner(name: str, model: nn.Module, inputs: dict) -> Callable[[], torch.Tens
     return lambda: model(**inputs).sample
 
 
-def training_step(model: nn.Module, forward: Callable[[], torch.Tensor]) -> None:
-    """Without an optimizer, whose cost depends on the number of weights alone."""
+@torch.no_grad()
+def forward_step(forward: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    return [forward()]
+
+
+def training_step(model: nn.Module, forward: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients. Without an optimizer, whose cost depends on the number of weights alone."""
     model.zero_grad(set_to_none=True)
     forward().float().square().mean().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def record_products(model: nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[bool], None]:
+class CapturedStep:
     """
-    The matrix products of a model's linears, at the shapes that they have in `forward`, and nothing else: no bias, no
+    A step as a CUDA graph: a call replays it. Graphs that are never replayed at the same time may share a pool of
+    memory, and have to share the stream then.
+    """
+
+    def __init__(self, step: Step, model: nn.Module, stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self.step = step  # has buffers that the graph uses
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # which the backward pass takes over from the forward pass
+            for _ in range(WARM_UP_RUNS):
+                expected = step()
+            # No gradient may be there yet: the captured backward pass makes its own, in the graph's pool, and each
+            # replay writes them anew. (The step's own `zero_grad` has nothing to do then.)
+            model.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+                self.results = step()
+            model.zero_grad(set_to_none=True)  # `results` keeps them; another graph of the same model has its own
+        torch.cuda.synchronize()
+        self()  # the first replay also uploads the graph
+        if expected and not relative_error(self.results, expected) < TOLERANCE[expected[0].dtype]:
+            raise ParityError("The CUDA graph of a step does not give what the step itself gives.")
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def record_products(model: nn.Module, inputs: dict) -> Callable[[bool], None]:
+    """
+    The matrix products of a model's linears, at the shapes that they have for `inputs`, and nothing else: no bias, no
     allocation. In training also those of the gradients.
     """
     linears: list[tuple[torch.Tensor, int]] = []  # weight, number of rows
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output: linears.append((module.weight.detach(), output[..., 0].numel()))
-        )
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
-        forward()
-    for handle in handles:
-        handle.remove()
+    # Recorded where nothing is computed and every linear is called: kernels and fused steps use weights on their own.
+    with torch.device("meta"):
+        shadow = type(model).from_config(model.config).to(model.dtype)
+
+    def record(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        linears.append((model.get_submodule(name).weight.detach(), output[..., 0].numel()))
+
+    for name, module in shadow.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(functools.partial(record, name))
+    with torch.no_grad():
+        shadow(**tree_map(lambda x: x.to("meta"), inputs))
 
     @functools.cache
     def buffer(*shape: int) -> torch.Tensor:
@@ -209,8 +252,10 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
     """One row for each model."""
     training = mode == "training"
     inputs = make_inputs(height, width, batch_size, args.device, args.dtype)
-    steps: dict[str, Callable[[], object]] = {}  # each model, and the products of each architecture
+    steps: dict[str, Step] = {}  # each model, and the products of each architecture
     rows: list[dict] = []
+    if args.cuda_graph:
+        capture = functools.partial(CapturedStep, stream=torch.cuda.Stream(), pool=torch.cuda.graph_pool_handle())
     for name in args.models:
         log(f"{height} x {width}, batch {batch_size}, {mode}: {name}")
         model = make_model(name, args.layers, args.device, args.dtype)
@@ -218,10 +263,12 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
             compile_model(model, len(args.sizes) * len(args.batches))
         error = None if name in PIXART_LAYERS else check_parity(name, model, inputs, training)
         forward = runner(name, model, inputs)
-        steps[name] = functools.partial(training_step, model, forward) if training else torch.no_grad()(forward)
-        products = f"{architecture(name)} products"
-        if products not in steps:
-            steps[products] = functools.partial(record_products(model, forward), training)
+        step = (
+            functools.partial(training_step, model, forward) if training else functools.partial(forward_step, forward)
+        )
+        if error is None and args.device.type == "cuda":
+            step()  # the others ran before; what is compiled and allocated once is no part of a step's memory
+        model.zero_grad(set_to_none=True)  # nor are gradients of earlier tables
         rows.append(
             {
                 "model": name,
@@ -230,9 +277,14 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
                 "batch_size": batch_size,
                 "mode": mode,
                 "parity_error": error,
-                "peak_bytes": peak_bytes(steps[name], args.device),
+                "peak_bytes": peak_bytes(step, args.device),
             }
         )
+        steps[name] = capture(step, model) if args.cuda_graph else step
+        products = f"{architecture(name)} products"
+        if products not in steps:
+            step = functools.partial(record_products(model, inputs), training)
+            steps[products] = capture(step, model) if args.cuda_graph else step
 
     log("timing")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -240,7 +292,7 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
         for name, step in steps.items():
             scale = 1 if args.layers is None else full_depth(name.removesuffix(" products")) / args.layers
             seconds[name].append(scale * timed(step, args))
-            log(f"{name}: {seconds[name][-1]:.3f} s")
+            log(f"{name}: {seconds[name][-1]:.4g} s")
     for row in rows:
         own = seconds[row["model"]]
         row |= {"seconds": own, "median": statistics.median(own)}
@@ -269,8 +321,8 @@ def markdown(rows: list[dict]) -> str:
             str(row["batch_size"]),
             row["mode"],
             row["model"],
-            f"{row['median']:.3f}",
-            f"{min(row['seconds']):.3f} to {max(row['seconds']):.3f}",
+            f"{row['median']:.4g}",
+            f"{min(row['seconds']):.4g} to {max(row['seconds']):.4g}",
             cell(row, "times_pixart", "{:.2f}"),
             cell(row, "times_plain", "{:.2f}"),
             cell(row, "share_of_floor", "{:.2f}"),
@@ -310,11 +362,13 @@ def main(args: argparse.Namespace) -> None:
         for batch_size in args.batches:
             for mode in args.modes:
                 rows += measure(height, width, batch_size, mode, args)
+                if args.cuda_graph:
+                    torch.cuda.empty_cache()  # the graphs of the table are gone: their pool too
                 print(markdown(rows[-len(args.models) :]), flush=True)
     if args.plot is not None:
         plot(earlier + rows, args.plot)
     settings = {"layers": args.layers, "cpu_time": args.cpu_time, "dtype": str(args.dtype), "device": str(args.device)}
-    settings["compile"] = args.compile
+    settings |= {"compile": args.compile, "cuda_graph": args.cuda_graph}
     print(json.dumps({**settings, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}))
 
 
@@ -332,8 +386,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of all but the plain models")
+    parser.add_argument("--cuda-graph", action="store_true", help="time the replays of CUDA graphs")
     parser.add_argument("--layers", type=int, help="layers to run in place of all")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, help="5 by default, 20 on a GPU")
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time of one thread, for a machine that others use too"
     )
@@ -343,6 +398,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="outputs of runs to plot as well")
     args = parser.parse_args()
     args.device = torch.device(args.device)
+    on_gpu = args.device.type == "cuda"
+    if args.cuda_graph and not on_gpu:
+        parser.error(f"--cuda-graph needs a CUDA device, not {str(args.device)!r}")
+    args.runs = args.runs or (20 if on_gpu else 5)
     if args.cpu_time:
         torch.set_num_threads(1)
     return args

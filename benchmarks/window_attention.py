@@ -6,15 +6,22 @@ Each row says which share of the device's copy rate, measured in the same run, t
 with reading its inputs and writing its outputs once. Every contender is first compared with the readable reference in
 float64; if one differs, nothing is timed. What cannot run here is listed as not measured, with the reason. The last
 line is JSON.
+
+On a GPU launches are not counted: what is timed is the replay of a CUDA graph that holds several calls. A call alone
+would take as long as the CPU needs to launch its kernels.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 from diffusers_localdit.kernels import reference
@@ -28,6 +35,10 @@ from diffusers_localdit.transformer_localdit import (
 
 EPS = 1e-10
 TOLERANCE = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
+SETS = 3  # of inputs, taken in turn, so that no call finds its inputs in the cache
+ROUNDS_OF_GRAPH = 4  # of all sets
+WARM_UP_COPIES = 20  # until a GPU's clocks are up
+WARM_UP_TURNS = 2  # not counted
 
 
 class Problem:
@@ -193,22 +204,81 @@ def check(name: str, function, problem: Problem, inputs: list[torch.Tensor], dty
 
 
 class Clock:
-    """Seconds of a call: by device events on a GPU, by the wall on a CPU."""
+    """Seconds of a run: by device events on a GPU, by the wall on a CPU. Also the copy that tells the copy rate."""
 
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, problem: Problem):
+        self.on_gpu = problem.device.type == "cuda"
+        self.source = problem.random(2**30 // problem.dtype.itemsize if self.on_gpu else 2**24)
+        self.target = torch.empty_like(self.source)
 
-    def __call__(self, function) -> float:
+    def copy(self) -> None:
+        self.target.copy_(self.source)
+
+    def __call__(self, run: Callable[[], object]) -> float:
         if not self.on_gpu:
             start = time.perf_counter()
-            function()
+            run()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.copy()  # busy with this, the GPU does not wait for the launch of what is timed
         start.record()
-        function()
+        run()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
+
+
+class Calls:
+    """One contender's calls in one mode, one by one."""
+
+    def __init__(self, function, mode: str, sets: list[list[torch.Tensor]], gradient: torch.Tensor):
+        self.function, self.mode, self.sets, self.gradient = function, mode, sets, gradient
+
+    def seconds(self, clock: Clock, turn: int) -> float:
+        """Of a call with the inputs whose turn it is."""
+        inputs = self.sets[turn % SETS]
+        if self.mode == "forward":
+            with torch.no_grad():
+                return clock(partial(self.function, *inputs))
+        output = self.function(*inputs)
+        return clock(partial(torch.autograd.grad, output, inputs, self.gradient))
+
+
+class CapturedCalls:
+    """One contender's calls in one mode as a CUDA graph: with each set of inputs several times."""
+
+    def __init__(
+        self, function, mode: str, sets: list[list[torch.Tensor]], gradient: torch.Tensor, stream: torch.cuda.Stream
+    ):
+        stream.wait_stream(torch.cuda.current_stream())
+        # The backward pass runs on the stream of the forward pass, which must therefore be the one that is captured.
+        # (This also brings the old stream back where a capture fails.)
+        with torch.cuda.stream(stream), torch.set_grad_enabled(mode == "backward"):
+            if mode == "forward":
+                self.calls = [partial(function, *inputs) for inputs in sets]
+            else:  # each replay needs what the forward passes saved
+                self.calls = [
+                    partial(torch.autograd.grad, function(*inputs), inputs, gradient, retain_graph=True)
+                    for inputs in sets
+                ]
+            for call in self.calls:
+                call()  # what compiles or sets up libraries cannot be captured
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                # All are kept: each call writes to a place of its own, not to one that is in the cache.
+                self.results = [call() for _ in range(ROUNDS_OF_GRAPH) for call in self.calls]
+        torch.cuda.synchronize()
+
+    def seconds(self, clock: Clock, turn: int) -> float:
+        """Of a call on average."""
+        return clock(self.graph.replay) / len(self.results)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in a capture: the error of its end says only that something did."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -229,57 +299,70 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    problem = Problem(args)
-    if args.no_bias:
-        problem.bias_table.zero_()
-    sets = [problem.inputs() for _ in range(3)]  # taken in turn, so that no run finds its inputs in the cache
+def measure(problem: Problem, args: argparse.Namespace) -> tuple[float, dict[tuple[str, str], list[float]], dict]:
+    """
+    Bytes that a copy reads and writes in a second; seconds of a call, in each turn, by contender and mode; and who is
+    not measured, with the reason.
+    """
+    on_gpu = problem.device.type == "cuda"
+    sets = [problem.inputs() for _ in range(SETS)]
     gradient = problem.random(*problem.shape)
-    clock = Clock(problem.device)
+    clock = Clock(problem)
+    if on_gpu:
+        torch._functorch.config.donated_buffer = False  # compiled backward passes keep what the next replay needs
+        make_calls = partial(CapturedCalls, stream=torch.cuda.Stream())
+    else:
+        make_calls = Calls
 
-    functions, not_measured = {}, {}
+    calls, not_measured = {}, {}
     for name in args.contenders:
         if (reason := why_not(name, problem, not args.no_bias)) is not None:
             not_measured[name] = reason
             continue
         function = CONTENDERS[name](problem)
-        functions[name] = torch.compile(function, fullgraph=True) if name == "sdpa-compiled" else function
-        check(name, functions[name], problem, sets[0], args.dtype)
+        if name == "sdpa-compiled":
+            function = torch.compile(function, fullgraph=True)
+        check(name, function, problem, problem.inputs(), args.dtype)
+        try:
+            calls |= {(name, mode): make_calls(function, mode, sets, gradient) for mode in modes(name, problem)}
+        except RuntimeError as error:
+            if not on_gpu:
+                raise
+            not_measured[name] = f"No CUDA graph: {first_line(error)}"
 
-    source = problem.random(256 * 2**20 if problem.device.type == "cuda" else 2**24)
-    target = torch.empty_like(source)
-    copies = []
-    seconds = {(name, mode): [] for name in functions for mode in modes(name, problem)}
-    for turn in range(args.runs + 2):
-        inputs = sets[turn % len(sets)]
-        copies.append(clock(lambda: target.copy_(source)))
-        for name, function in functions.items():
-            with torch.no_grad():
-                seconds[name, "forward"].append(clock(lambda: function(*inputs)))  # noqa: B023
-            if (name, "backward") in seconds:
-                output = function(*inputs)
-                seconds[name, "backward"].append(
-                    clock(lambda: torch.autograd.grad(output, inputs, gradient))  # noqa: B023
-                )
+    for _ in range(WARM_UP_COPIES if on_gpu else 0):
+        clock.copy()
+    copies, seconds = [], {key: [] for key in calls}
+    for turn in range(args.runs + WARM_UP_TURNS):
+        copies.append(clock(clock.copy))
+        for key, of_contender in calls.items():
+            seconds[key].append(of_contender.seconds(clock, turn))
+    copy_rate = 2 * clock.source.nbytes / statistics.median(copies[WARM_UP_TURNS:])
+    return copy_rate, {key: times[WARM_UP_TURNS:] for key, times in seconds.items()}, not_measured
 
-    tensor = problem.shape[0] * problem.shape[1] * problem.shape[2] * source.element_size()
-    copy_rate = 2 * source.numel() * source.element_size() / statistics.median(copies[2:])
-    rows = []
-    for (name, mode), times in seconds.items():
-        times = times[2:]  # warmed up
-        median = statistics.median(times)
-        quartiles = statistics.quantiles(times, n=4)
-        moved = tensor * (4 if mode == "forward" else 7)  # q, k, v, out; q, k, v and four gradients
-        rows.append(
-            {
-                "contender": name,
-                "mode": mode,
-                "ms": round(median * 1e3, 4),
-                "quartiles_ms": [round(quartiles[0] * 1e3, 4), round(quartiles[2] * 1e3, 4)],
-                "share_of_copy_rate": round(moved / median / copy_rate, 3),
-            }
-        )
+
+def make_row(name: str, mode: str, times: list[float], tensor_bytes: int, copy_rate: float) -> dict:
+    median = statistics.median(times)
+    quartiles = statistics.quantiles(times, n=4)
+    moved = tensor_bytes * (4 if mode == "forward" else 7)  # q, k, v, out; q, k, v and four gradients
+    return {
+        "contender": name,
+        "mode": mode,
+        "ms": round(median * 1e3, 4),
+        "quartiles_ms": [round(quartiles[0] * 1e3, 4), round(quartiles[2] * 1e3, 4)],
+        "share_of_copy_rate": round(moved / median / copy_rate, 3),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    problem = Problem(args)
+    if args.no_bias:
+        problem.bias_table.zero_()
+    copy_rate, seconds, not_measured = measure(problem, args)
+
+    tensor_bytes = math.prod(problem.shape) * problem.dtype.itemsize
+    rows = [make_row(*key, times, tensor_bytes, copy_rate) for key, times in seconds.items()]
     device = (
         torch.cuda.get_device_name() if problem.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -6,8 +6,10 @@ meanwhile, so that a place that no kernel writes shows.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import emulated_warp
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,14 @@ from safetensors.torch import load_file
 from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit.conversion import load_original
-from diffusers_localdit.kernels import install_triton_kernels, ops, reference, uninstall_triton_kernels, why_not_triton
+from diffusers_localdit.kernels import (
+    install_triton_kernels,
+    ops,
+    reference,
+    uninstall_triton_kernels,
+    why_not_triton,
+    window4,
+)
 from diffusers_localdit.kernels.processor import LocalDiTTritonAttnProcessor
 from diffusers_localdit.transformer_localdit import (
     LocalDiTWindowAttention,
@@ -166,6 +175,34 @@ def test_window_attention_of_shape(height, width, window_size, shift, heads, hea
 def test_window_attention_of_many_shapes(window_size, head_dim, dtype):
     for shift in (0, window_size - 1):
         check_window_attention(33, 22, window_size, shift, 3, head_dim, batch_size=2, dtype=dtype)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the CUDA kernels themselves are tested above")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize(
+    "height, width, shift, heads, batch_size, dtype, rope, with_maps",
+    [
+        pytest.param(8, 8, 1, 2, 1, torch.bfloat16, True, True, id="bfloat16"),
+        pytest.param(7, 5, 2, 3, 2, torch.float16, True, True, id="float16-padding"),
+        pytest.param(4, 12, 3, 1, 1, torch.bfloat16, False, False, id="no-rope-no-maps"),
+        pytest.param(12, 4, 0, 1, 1, torch.float16, True, False, id="no-shift"),
+    ],
+)
+def test_cuda_kernels_on_an_emulated_warp(
+    monkeypatch, height, width, shift, heads, batch_size, dtype, rope, with_maps
+):
+    launches = []
+
+    def launch(name, *arguments):
+        launches.append(name)
+        emulated_warp.launch(name, *arguments)
+
+    monkeypatch.setattr(window4, "may_launch", lambda tensor: True)
+    monkeypatch.setattr(window4, "launch", launch)
+    check_window_attention(
+        height, width, 4, shift, heads, 72, batch_size=batch_size, dtype=dtype, rope=rope, with_maps=with_maps
+    )
+    assert set(launches) == {"window4_forward", "window4_backward"}
 
 
 @given(

@@ -18,9 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import window4
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASK_VALUE = tl.constexpr(-10000.0)
 
+# Heads that a program of the forward pass serves one after the other: it finds its tokens and loads the rotary table
+# once, and while it computes one head, what the next one needs is on its way.
+FORWARD_HEADS = 8
 # Programs per head of a backward pass. Each sums its windows' share of the parameters' gradients in registers, in a
 # fixed order, and writes it once: the result does not depend on the machine.
 BACKWARD_PROGRAMS = 64
@@ -180,11 +185,19 @@ def _rotate_block(x, cos, sin):
 
 
 @triton.jit
-def _rotate(x, rotary, token, inside, sense, pairs, HEAD_DIM: tl.constexpr):
+def _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Cosines and sines of a tile's tokens, the same for all heads."""
+    if ROTARY:
+        cos = _load(cos_ptr, token, inside, HEAD_DIM // 2, pairs, HEAD_DIM // 2)
+        return cos, _load(sin_ptr, token, inside, HEAD_DIM // 2, pairs, HEAD_DIM // 2)
+    else:
+        return (), ()
+
+
+@triton.jit
+def _rotate(x, rotary, sense):
     """Turns the interleaved pairs of a tile; back where `sense` is -1."""
-    cos_ptr, sin_ptr = rotary
-    cos = _load(cos_ptr, token, inside, HEAD_DIM // 2, pairs, HEAD_DIM // 2)
-    sin = _load(sin_ptr, token, inside, HEAD_DIM // 2, pairs, HEAD_DIM // 2)
+    cos, sin = rotary
     turned = (_rotate_block(x[0], cos[0], sin[0] * sense),)
     for i in tl.static_range(1, len(x)):
         turned += (_rotate_block(x[i], cos[i], sin[i] * sense),)
@@ -193,27 +206,24 @@ def _rotate(x, rotary, token, inside, sense, pairs, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    x, weight_ptr, rotary, token, inside, eps, channels, pairs,
-    PREPARE: tl.constexpr, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+    x, weight_ptr, rotary, eps, channels, PREPARE: tl.constexpr, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Queries or keys as attention takes them: normalised and turned, unless they are so already."""
     if PREPARE:
         dtype = x[0].dtype
         x, _ = _normalize(x, eps, HEAD_DIM)
         x = _multiply(x, _load_weight(weight_ptr, channels, HEAD_DIM))
         if ROTARY:
-            x = _rotate(x, rotary, token, inside, 1.0, pairs, HEAD_DIM)
+            x = _rotate(x, rotary, 1.0)
         x = tl.tuple([block.to(dtype) for block in x])
     return x
 
 
 @triton.jit
-def _prepare_backward(
-    grad, x, weight_ptr, rotary, token, inside, eps, channels, pairs, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def _prepare_backward(grad, x, weight_ptr, rotary, eps, channels, ROTARY: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Gradients of x and, summed over the tile, of the weight, from that of what `_prepare` gave."""
     if ROTARY:
-        grad = _rotate(grad, rotary, token, inside, -1.0, pairs, HEAD_DIM)
+        grad = _rotate(grad, rotary, -1.0)
     normed, factor = _normalize(x, eps, HEAD_DIM)
     grad_weight = _sum_rows(_multiply(grad, normed))
     grad = _multiply(grad, _load_weight(weight_ptr, channels, HEAD_DIM))
@@ -250,53 +260,64 @@ def _forward(
     batch_stride, token_stride, tokens, map_height, map_width, eps, output_scale,
     PREPARE: tl.constexpr, ROTARY: tl.constexpr, MAPS: tl.constexpr, RESIDUAL: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, DOT: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, DOT: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Heads vary fastest: neighbours in memory run at the same time.
-    head = tl.program_id(0) % HEADS
-    tile = tl.program_id(0) // HEADS % TILES
-    window = tl.program_id(0) // (HEADS * TILES)
-    batch = _long(tl.program_id(1))
-
+    """One tile of queries in GROUP heads, one after the other."""
+    GROUPS: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    query_ptr += batch * batch_stride + head * HEAD_DIM
-    key_ptr += batch * batch_stride + head * HEAD_DIM
-    value_ptr += batch * batch_stride + head * HEAD_DIM
-    in_output = batch * tokens * WIDTH + head * HEAD_DIM
-    in_map = batch * map_height * map_width * WIDTH + head * HEAD_DIM
+    # Groups of heads vary fastest: neighbours in memory run at the same time.
+    first_head = tl.program_id(0) % GROUPS * GROUP
+    tile = tl.program_id(0) // GROUPS % TILES
+    window = tl.program_id(0) // (GROUPS * TILES)
+    batch = _long(tl.program_id(1))
+    query_ptr += batch * batch_stride
+    key_ptr += batch * batch_stride
+    value_ptr += batch * batch_stride
+    residual_ptr += batch * tokens * WIDTH
+    output_ptr += batch * tokens * WIDTH
+    query_map_ptr += batch * map_height * map_width * WIDTH
+    key_map_ptr += batch * map_height * map_width * WIDTH
     geometry = (map_to_token_ptr, token_to_window_ptr, tokens, map_height, map_width)
-    rotary = (cos_ptr, sin_ptr)
     channels, pairs = _channels(MAIN, REST), _channels(MAIN // 2, REST // 2)
 
     q_at, place, token, inside, row, present = _locate(window, tile, geometry, PREPARE, W, ROWS)
-    query = _load(query_ptr, row, present, token_stride, channels, HEAD_DIM)
-    query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
-    if MAPS:
-        _store(query_map_ptr + in_map, place, q_at[0], WIDTH, query, channels, HEAD_DIM)
-
-    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((ROWS,), tl.float32)
-    output = _zeros(channels, ROWS)
-    for key_tile in range(TILES):
-        k_at, k_place, k_token, k_inside, row, present = _locate(window, key_tile, geometry, PREPARE, W, ROWS)
-        key = _load(key_ptr, row, present, token_stride, channels, HEAD_DIM)
-        value = _load(value_ptr, row, present, token_stride, channels, HEAD_DIM)
-        key = _prepare(key, norm_k_ptr, rotary, k_token, k_inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+    rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+    for head in tl.range(first_head, min(first_head + GROUP, HEADS), num_stages=STAGES):
+        at_head = head * HEAD_DIM
+        query = _load(query_ptr + at_head, row, present, token_stride, channels, HEAD_DIM)
+        query = _prepare(query, norm_q_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
         if MAPS:
-            _store(key_map_ptr + in_map, k_place, k_at[0] & (key_tile == tile), WIDTH, key, channels, HEAD_DIM)
+            _store(query_map_ptr + at_head, place, q_at[0], WIDTH, query, channels, HEAD_DIM)
 
-        scores = _scores(query, key, q_at, k_at, table_ptr + head, HEADS, HEAD_DIM, W, DOT)
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_max[:, None])
-        shrink = tl.exp2(row_max - new_max)
-        row_sum = row_sum * shrink + tl.sum(weights, axis=1)
-        output = _add(_scale(output, shrink[:, None]), _mix(weights, value, DOT))
-        row_max = new_max
+        row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((ROWS,), tl.float32)
+        output = _zeros(channels, ROWS)
+        for key_tile in range(TILES):
+            if TILES == 1:
+                k_at, k_place, k_row, k_present, k_rotary = q_at, place, row, present, rotary
+            else:
+                k_at, k_place, k_token, k_inside, k_row, k_present = _locate(
+                    window, key_tile, geometry, PREPARE, W, ROWS
+                )
+                k_rotary = _load_rotary(cos_ptr, sin_ptr, k_token, k_inside, pairs, ROTARY, HEAD_DIM)
+            key = _load(key_ptr + at_head, k_row, k_present, token_stride, channels, HEAD_DIM)
+            value = _load(value_ptr + at_head, k_row, k_present, token_stride, channels, HEAD_DIM)
+            key = _prepare(key, norm_k_ptr, k_rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
+            if MAPS:
+                _store(key_map_ptr + at_head, k_place, k_at[0] & (key_tile == tile), WIDTH, key, channels, HEAD_DIM)
 
-    output = _scale(output, (output_scale / row_sum)[:, None])
-    if RESIDUAL:
-        output = _add(output, _load(residual_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM))
-    _store(output_ptr + in_output, token, inside, WIDTH, output, channels, HEAD_DIM)
+            scores = _scores(query, key, q_at, k_at, table_ptr + head, HEADS, HEAD_DIM, W, DOT)
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(weights, axis=1)
+            output = _add(_scale(output, shrink[:, None]), _mix(weights, value, DOT))
+            row_max = new_max
+
+        output = _scale(output, (output_scale / row_sum)[:, None])
+        if RESIDUAL:
+            output = _add(output, _load(residual_ptr + at_head, token, inside, WIDTH, channels, HEAD_DIM))
+        _store(output_ptr + at_head, token, inside, WIDTH, output, channels, HEAD_DIM)
 
 
 # Backward. Scores are computed again: nothing but the inputs is kept from the forward pass.
@@ -325,12 +346,12 @@ def _statistics(
     in_input = batch * batch_stride + head * HEAD_DIM
     in_output = batch * tokens * WIDTH + head * HEAD_DIM
     geometry = (map_to_token_ptr, token_to_window_ptr, tokens, map_height, map_width)
-    rotary = (cos_ptr, sin_ptr)
     channels, pairs = _channels(MAIN, REST), _channels(MAIN // 2, REST // 2)
 
     q_at, _, token, inside, row, present = _locate(window, tile, geometry, PREPARE, W, ROWS)
     query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-    query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+    rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+    query = _prepare(query, norm_q_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
     grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
 
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -339,7 +360,8 @@ def _statistics(
     for key_tile in range(TILES):
         k_at, _, token, inside, row, present = _locate(window, key_tile, geometry, PREPARE, W, ROWS)
         key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-        key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+        key = _prepare(key, norm_k_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         scores = _scores(query, key, q_at, k_at, table_ptr + head, HEADS, HEAD_DIM, W, DOT)
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -379,7 +401,7 @@ def _backward(
     batch_size, batch_stride, token_stride, tokens, map_height, map_width, windows, eps, output_scale,
     PREPARE: tl.constexpr, ROTARY: tl.constexpr, MAPS: tl.constexpr,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, W: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, DOT: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile in each of the program's windows: as queries, and as keys and values."""
     head = tl.program_id(0) % HEADS
@@ -388,12 +410,11 @@ def _backward(
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     SCALE: tl.constexpr = HEAD_DIM**-0.5
     geometry = (map_to_token_ptr, token_to_window_ptr, tokens, map_height, map_width)
-    rotary = (cos_ptr, sin_ptr)
     channels, pairs = _channels(MAIN, REST), _channels(MAIN // 2, REST // 2)
     grad_norm_q, grad_norm_k = _zeros(channels, 1), _zeros(channels, 1)
     grad_bias = tl.zeros((ROWS, ROWS), tl.float32)
 
-    for index in range(tl.program_id(1), batch_size * windows, tl.num_programs(1)):
+    for index in tl.range(tl.program_id(1), batch_size * windows, tl.num_programs(1), num_stages=STAGES):
         window = index % windows
         batch = _long(index // windows)
         in_input = batch * batch_stride + head * HEAD_DIM
@@ -405,8 +426,9 @@ def _backward(
         key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
-        query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
-        key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+        query = _prepare(query, norm_q_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
+        key = _prepare(key, norm_k_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
 
         if TILES == 1:
             scores = _scores(query, key, at, at, table_ptr + head, HEADS, HEAD_DIM, W, DOT)
@@ -425,13 +447,10 @@ def _backward(
             for other in range(TILES):
                 o_at, _, o_token, o_inside, o_row, o_present = _locate(window, other, geometry, PREPARE, W, ROWS)
                 o_query = _load(query_ptr + in_input, o_row, o_present, token_stride, channels, HEAD_DIM)
-                o_query = _prepare(
-                    o_query, norm_q_ptr, rotary, o_token, o_inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM
-                )
+                o_rotary = _load_rotary(cos_ptr, sin_ptr, o_token, o_inside, pairs, ROTARY, HEAD_DIM)
+                o_query = _prepare(o_query, norm_q_ptr, o_rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
                 o_key = _load(key_ptr + in_input, o_row, o_present, token_stride, channels, HEAD_DIM)
-                o_key = _prepare(
-                    o_key, norm_k_ptr, rotary, o_token, o_inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM
-                )
+                o_key = _prepare(o_key, norm_k_ptr, o_rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
                 o_value = _load(value_ptr + in_input, o_row, o_present, token_stride, channels, HEAD_DIM)
                 o_grad = _load(grad_output_ptr + in_output, o_token, o_inside, WIDTH, channels, HEAD_DIM)
                 weights, grad_scores = _pair_gradient(
@@ -455,8 +474,9 @@ def _backward(
             grad_query = _add(grad_query, of_map)
         if PREPARE:
             raw = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
+            rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
             grad_query, of_norm = _prepare_backward(
-                grad_query, raw, norm_q_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
+                grad_query, raw, norm_q_ptr, rotary, eps, channels, ROTARY, HEAD_DIM
             )
             grad_norm_q = _add(grad_norm_q, of_norm)
         _store(grad_query_ptr + in_grad, row, present, WIDTH, grad_query, channels, HEAD_DIM)
@@ -466,9 +486,8 @@ def _backward(
             grad_key = _add(grad_key, of_map)
         if PREPARE:
             raw = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-            grad_key, of_norm = _prepare_backward(
-                grad_key, raw, norm_k_ptr, rotary, token, inside, eps, channels, pairs, ROTARY, HEAD_DIM
-            )
+            rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+            grad_key, of_norm = _prepare_backward(grad_key, raw, norm_k_ptr, rotary, eps, channels, ROTARY, HEAD_DIM)
             grad_norm_k = _add(grad_norm_k, of_norm)
         _store(grad_key_ptr + in_grad, row, present, WIDTH, grad_key, channels, HEAD_DIM)
 
@@ -510,7 +529,6 @@ def _backward_bias(
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     geometry = (map_to_token_ptr, token_to_window_ptr, tokens, map_height, map_width)
-    rotary = (cos_ptr, sin_ptr)
     channels, pairs = _channels(MAIN, REST), _channels(MAIN // 2, REST // 2)
     averages = _long(batch_size) * windows * (HEADS * TILES * ROWS)
     grad_bias = tl.zeros((ROWS, ROWS), tl.float32)
@@ -523,11 +541,13 @@ def _backward_bias(
 
         q_at, _, token, inside, row, present = _locate(window, q_tile, geometry, PREPARE, W, ROWS)
         query = _load(query_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-        query = _prepare(query, norm_q_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+        query = _prepare(query, norm_q_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
         grad_output = _load(grad_output_ptr + in_output, token, inside, WIDTH, channels, HEAD_DIM)
         k_at, _, token, inside, row, present = _locate(window, k_tile, geometry, PREPARE, W, ROWS)
         key = _load(key_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
-        key = _prepare(key, norm_k_ptr, rotary, token, inside, eps, channels, pairs, PREPARE, ROTARY, HEAD_DIM)
+        rotary = _load_rotary(cos_ptr, sin_ptr, token, inside, pairs, ROTARY, HEAD_DIM)
+        key = _prepare(key, norm_k_ptr, rotary, eps, channels, PREPARE, ROTARY, HEAD_DIM)
         value = _load(value_ptr + in_input, row, present, token_stride, channels, HEAD_DIM)
         statistics = statistics_ptr + (_long(index) * HEADS + head) * (TILES * ROWS)
         _, grad_scores = _pair_gradient(
@@ -540,19 +560,23 @@ def _backward_bias(
 
 @triton.jit
 def _gather_table_gradient(
-    grad_bias_ptr,  # (HEADS, w*w, w*w)
+    grad_bias_ptr,  # (programs, HEADS, w*w, w*w)
     grad_table_ptr,  # ((2w-1)^2, HEADS)
-    HEADS: tl.constexpr, W: tl.constexpr, MEMBERS: tl.constexpr,
+    programs, HEADS: tl.constexpr, W: tl.constexpr, MEMBERS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Sums, for one entry of the table, over the pairs of places that read it: a fixed order, no atomics."""
+    """Sums, for one entry of the table, over programs and the pairs of places that read it: in order, no atomics."""
     entry, head = tl.program_id(0), tl.program_id(1)
     query = tl.arange(0, MEMBERS)
     y = query // W - (entry // (2 * W - 1) - W + 1)  # of the key at this offset
     x = query % W - (entry % (2 * W - 1) - W + 1)
-    mask = (query < W * W) & (y >= 0) & (y < W) & (x >= 0) & (x < W)
+    reads = (query < W * W) & (y >= 0) & (y < W) & (x >= 0) & (x < W)
     pair = (head * W * W + query) * W * W + y * W + x
-    total = tl.sum(tl.load(grad_bias_ptr + pair, mask=mask, other=0.0))
-    tl.store(grad_table_ptr + entry * HEADS + head, total)
+    total = tl.zeros((PART, MEMBERS), tl.float32)
+    for first in range(0, programs, PART):
+        program = first + tl.arange(0, PART)
+        place = _long(program)[:, None] * (HEADS * W * W * W * W) + pair[None, :]
+        total += tl.load(grad_bias_ptr + place, mask=(program < programs)[:, None] & reads[None, :], other=0.0)
+    tl.store(grad_table_ptr + entry * HEADS + head, tl.sum(tl.sum(total, axis=1)))
 
 
 # Launching
@@ -669,16 +693,23 @@ def forward(
     output = query.new_empty(batch_size, common["tokens"], width)
     map_shape = (batch_size, *map_to_token.shape, width) if with_maps else (0,)
     query_map, key_map = query.new_empty(map_shape), query.new_empty(map_shape)
+    residual = None if residual is None else residual.contiguous()
     with torch.cuda.device_of(query):
-        _forward[windows * common["TILES"] * common["HEADS"], batch_size](
+        if window4.serves(common, residual):
+            window4.forward(common, residual, output, query_map, key_map, output_scale)
+            return output, query_map, key_map
+        group = FORWARD_HEADS if common["TILES"] == 1 else 1
+        _forward[windows * common["TILES"] * triton.cdiv(common["HEADS"], group), batch_size](
             **common,
-            residual_ptr=output if residual is None else residual.contiguous(),
+            residual_ptr=output if residual is None else residual,
             output_ptr=output,
             query_map_ptr=query_map,
             key_map_ptr=key_map,
             output_scale=output_scale,
             MAPS=with_maps,
             RESIDUAL=residual is not None,
+            GROUP=group,
+            STAGES=2,
         )
     return output, query_map, key_map
 
@@ -702,41 +733,58 @@ def backward(
     of the bias table.
     """
     common = _common_arguments(query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size)
-    heads, head_dim, tiles, rows = (common[name] for name in ("HEADS", "HEAD_DIM", "TILES", "ROWS"))
+    heads, head_dim, tiles = (common[name] for name in ("HEADS", "HEAD_DIM", "TILES"))
     batch_size = query.shape[0]
     windows = map_to_token.numel() // window_size**2
     programs = min(batch_size * windows, BACKWARD_PROGRAMS)
-    with_maps = grad_query_map is not None
     grad_output = grad_output.contiguous()
+    grad_maps = None if grad_query_map is None else (grad_query_map.contiguous(), grad_key_map.contiguous())
 
     def empty_float(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=query.device)
 
-    statistics = empty_float(2, batch_size, windows, heads, tiles * rows) if tiles > 1 else grad_output
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     grad_norm = empty_float(2, programs, heads, tiles, head_dim)
     grad_bias = empty_float(programs, heads, window_size**2, window_size**2)
-    common |= {"grad_output_ptr": grad_output, "statistics_ptr": statistics, "windows": windows}
-    sums = {"batch_size": batch_size, "output_scale": output_scale, "grad_bias_ptr": grad_bias}
     with torch.cuda.device_of(query):
-        if tiles > 1:
-            _statistics[windows * tiles * heads, batch_size](**common)
-            _backward_bias[tiles * tiles * heads, programs](**common, **sums)
-        _backward[tiles * heads, programs](
-            **common,
-            **sums,
-            grad_query_map_ptr=grad_query_map.contiguous() if with_maps else grad_output,
-            grad_key_map_ptr=grad_key_map.contiguous() if with_maps else grad_output,
-            grad_query_ptr=grad_query,
-            grad_key_ptr=grad_key,
-            grad_value_ptr=grad_value,
-            grad_norm_ptr=grad_norm,
-            MAPS=with_maps,
-        )
+        if window4.serves(common, grad_output, *(grad_maps or ())):
+            window4.backward(common, grad_output, grad_maps, grads, grad_norm, grad_bias, output_scale)
+        else:
+            _launch_backward(common, grad_output, grad_maps, grads, grad_norm, grad_bias, output_scale)
         grad_table = torch.empty(bias_table.shape, dtype=bias_table.dtype, device=bias_table.device)
         _gather_table_gradient[grad_table.shape](
-            grad_bias.sum(0), grad_table, heads, window_size, triton.next_power_of_2(window_size**2)
+            grad_bias, grad_table, programs, heads, window_size, triton.next_power_of_2(window_size**2), PART=8
         )
-    return grad_query, grad_key, grad_value, grad_norm.sum((1, 2, 3)), grad_table
+    return *grads, grad_norm.sum((1, 2, 3)), grad_table
+
+
+def _launch_backward(
+    common: dict,
+    grad_output: torch.Tensor,
+    grad_maps: tuple[torch.Tensor, torch.Tensor] | None,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_norm: torch.Tensor,
+    grad_bias: torch.Tensor,
+    output_scale: float,
+) -> None:
+    heads, tiles, rows = (common[name] for name in ("HEADS", "TILES", "ROWS"))
+    batch_size, programs = grad_output.shape[0], grad_bias.shape[0]
+    windows = common["map_height"] * common["map_width"] // common["W"] ** 2
+    statistics = grad_bias.new_empty(2, batch_size, windows, heads, tiles * rows) if tiles > 1 else grad_output
+    common = common | {"grad_output_ptr": grad_output, "statistics_ptr": statistics, "windows": windows}
+    sums = {"batch_size": batch_size, "output_scale": output_scale, "grad_bias_ptr": grad_bias}
+    if tiles > 1:
+        _statistics[windows * tiles * heads, batch_size](**common)
+        _backward_bias[tiles * tiles * heads, programs](**common, **sums)
+    _backward[tiles * heads, programs](
+        **common,
+        **sums,
+        grad_query_map_ptr=grad_output if grad_maps is None else grad_maps[0],
+        grad_key_map_ptr=grad_output if grad_maps is None else grad_maps[1],
+        grad_query_ptr=grads[0],
+        grad_key_ptr=grads[1],
+        grad_value_ptr=grads[2],
+        grad_norm_ptr=grad_norm,
+        MAPS=grad_maps is not None,
+        STAGES=1,
+    )

@@ -1,0 +1,145 @@
+# Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
+"""
+Launches the CUDA kernels of `window4.cu`: windows of 4 x 4 tokens and heads of 72 channels in half precision, the
+sizes of the released LocalDiT, for which they are faster than the Triton kernels (`docs/PERFORMANCE.md`). PyTorch
+compiles them at the first call.
+"""
+
+import functools
+import importlib.resources
+
+import torch
+
+WINDOW_SIZE = 4
+HEAD_DIM = 72
+WARPS = 4  # of a block
+# Warps per head of a backward pass: each sums its windows' share of the parameters' gradients, in a fixed order, so
+# that the result does not depend on the machine.
+BACKWARD_PROGRAMS = 64
+# Blocks that a multiprocessor is to hold: what limits the registers of a lane.
+FORWARD_BLOCKS = 4
+BACKWARD_BLOCKS = 3
+
+TENSORS = (
+    "query", "key", "value", "norm_q", "norm_k", "cos", "sin", "table", "map_to_token", "token_to_window",
+)  # fmt: skip
+SIZES = ("batch_stride", "token_stride", "tokens", "map_height", "map_width")
+
+
+def may_launch(tensor: torch.Tensor) -> bool:
+    """Whether the kernels can run where a tensor is."""
+    return tensor.is_cuda and torch.version.cuda is not None and hasattr(torch.cuda, "_compile_kernel")
+
+
+def serves(common: dict, *others: torch.Tensor | None) -> bool:
+    """
+    Whether the kernels are made for these sizes and types, and for tensors that lie so that 16 bytes can be read at
+    once. `common` is what the Triton kernels of a call share, `others` are further tensors in half precision.
+    """
+    query = common["query_ptr"]
+    halves = [query, *(common[f"{name}_ptr"] for name in ("key", "value", "norm_q", "norm_k", "table")), *others]
+    floats = [common["cos_ptr"], common["sin_ptr"]] if common["ROTARY"] else []
+    return (
+        (common["W"], common["HEAD_DIM"]) == (WINDOW_SIZE, HEAD_DIM)
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and all(x is None or (x.dtype == query.dtype and x.data_ptr() % 16 == 0) for x in halves)
+        and all(x.dtype == torch.float32 and x.data_ptr() % 16 == 0 for x in floats)
+        and common["batch_stride"] % 8 == common["token_stride"] % 8 == 0
+        and may_launch(query)
+    )
+
+
+@functools.cache
+def kernel(name: str, device: int, capability: tuple[int, int], macros: tuple[str, ...]):
+    """A kernel, compiled for a device."""
+    source = importlib.resources.files(__package__).joinpath("window4.cu").read_text()
+    options = [*(f"-D{macro}" for macro in macros), "--use_fast_math"]
+    return torch.cuda._compile_kernel(source, name, "{}{}".format(*capability), nvcc_options=options)
+
+
+def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int], args: list) -> None:
+    macros = tuple(f"{key}={int(value)}" for key, value in macros.items())
+    run = kernel(name, device.index, torch.cuda.get_device_capability(device), macros)
+    run((*grid, 1), (32 * WARPS, 1, 1), args)
+
+
+def blocks(units: int) -> int:
+    return -(-units // WARPS)
+
+
+def macros(common: dict, min_blocks: int, **flags: bool) -> dict[str, int]:
+    """What the source is compiled for; `common` is what the Triton kernels of a call share."""
+    return {
+        "HEADS": common["HEADS"],
+        "HALF": common["query_ptr"].dtype == torch.float16,
+        "PREPARE": common["PREPARE"],
+        "ROTARY": common["ROTARY"],
+        "PADDED": common["map_height"] * common["map_width"] > common["tokens"],
+        "MIN_BLOCKS": min_blocks,
+        **flags,
+    }
+
+
+def forward(
+    common: dict,
+    residual: torch.Tensor | None,
+    output: torch.Tensor,
+    query_map: torch.Tensor,
+    key_map: torch.Tensor,
+    output_scale: float,
+) -> None:
+    """Fills `output` and, unless they are empty, the maps."""
+    units = common["map_height"] * common["map_width"] // WINDOW_SIZE**2 * common["HEADS"]
+    flags = {"MAPS": query_map.numel() > 0, "RESIDUAL": residual is not None}
+    args = [
+        *(common[f"{name}_ptr"] for name in TENSORS),
+        output if residual is None else residual,
+        output,
+        query_map,
+        key_map,
+        *(common[name] for name in SIZES),
+        float(common["eps"]),
+        float(output_scale),
+    ]
+    launch(
+        "window4_forward",
+        output.device,
+        macros(common, FORWARD_BLOCKS, **flags),
+        (blocks(units), output.shape[0]),
+        args,
+    )
+
+
+def backward(
+    common: dict,
+    grad_output: torch.Tensor,
+    grad_maps: tuple[torch.Tensor, torch.Tensor] | None,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad_norm: torch.Tensor,
+    grad_bias: torch.Tensor,
+    output_scale: float,
+) -> None:
+    """Fills the gradients of query, key and value, and the programs' shares of those of norms and bias."""
+    programs = grad_bias.shape[0]
+    tensors = [common[f"{name}_ptr"] for name in TENSORS]
+    args = [
+        *tensors[:3],
+        grad_output,
+        *tensors[3:],
+        *((grad_output, grad_output) if grad_maps is None else grad_maps),
+        *grads,
+        grad_norm,
+        grad_bias,
+        programs,
+        grad_output.shape[0],
+        *(common[name] for name in SIZES),
+        float(common["eps"]),
+        float(output_scale),
+    ]
+    launch(
+        "window4_backward",
+        grad_output.device,
+        macros(common, BACKWARD_BLOCKS, MAPS=grad_maps is not None, RESIDUAL=False),
+        (blocks(programs * common["HEADS"]), 1),
+        args,
+    )
