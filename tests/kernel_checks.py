@@ -231,6 +231,16 @@ def test_operators_are_well_formed():
     )
     torch.library.opcheck(ops.context_window_attention, (*maps, table, tokens[0], *indices, 2, 1.0))
     torch.library.opcheck(ops.depthwise_gelu, (maps[0], convolution))
+    # Compiled graphs rely on what the backward operators' fakes say of strides, too.
+    detached = [x.detach() for x in (*maps, *tokens, table, convolution)]
+    *maps, grad_output, query, key, table, convolution = detached
+    norms = (x.detach() for x in weights)
+    rest = (table, None, None, *indices, 2, 1e-10, 1.0, True)
+    torch.library.opcheck(
+        ops.local_window_attention_backward, (grad_output, *maps[:2], query, key, query, *norms, *rest)
+    )
+    torch.library.opcheck(ops.context_window_attention_backward, (grad_output, *maps, table, *indices, 2, 1.0))
+    torch.library.opcheck(ops.depthwise_gelu_backward, (maps[0], maps[0][:, 0, 0], maps[1], convolution))
 
 
 def test_gradients_repeat_bit_by_bit():

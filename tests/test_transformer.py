@@ -16,6 +16,7 @@ from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.transformer_localdit import (
     QK_NORM_EPS,
+    LocalDiTFeedForward,
     LocalDiTRMSNorm,
     LocalDiTWindowAttnProcessor,
     apply_rotary,
@@ -240,6 +241,19 @@ def test_gelu_in_place_is_the_gelu(dtype, rtol):
     x = torch.linspace(-6, 6, 1000).reshape(1, 125, 8).to(dtype)  # more than once 64 rows
     expected = F.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(gelu_tanh_(x).double(), expected, rtol=rtol, atol=1e-7)
+
+
+@torch.no_grad()
+def test_feed_forward_with_the_gelu_fused_into_the_linear(monkeypatch):
+    """On a GPU the tanh approximation, on a CPU, where it is not used, the exact GELU, which it resembles."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    feed_forward = LocalDiTFeedForward(24, activation_fn="gelu-approximate").to(device, dtype)
+    x = torch.randn(2, 5, 24, device=device, dtype=dtype)
+    monkeypatch.setattr(transformer_localdit, "may_fuse_gelu", lambda *arguments: False)
+    expected = feed_forward(x)
+    monkeypatch.setattr(transformer_localdit, "may_fuse_gelu", lambda *arguments: True)
+    assert relative_error(feed_forward(x), expected) < (1e-2 if device == "cuda" else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
