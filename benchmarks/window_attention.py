@@ -101,7 +101,8 @@ def plain(problem: Problem):
     return attend
 
 
-def triton(problem: Problem):
+def kernels(problem: Problem):
+    """What `install_triton_kernels` uses: CUDA kernels where they serve, else Triton's."""
     from diffusers_localdit.kernels import ops
 
     p, geometry = problem, problem.geometry
@@ -162,7 +163,7 @@ def natten(problem: Problem):
     return attend
 
 
-CONTENDERS = {"triton": triton, "sdpa": sdpa, "sdpa-compiled": sdpa, "plain": plain, "flex": flex, "natten": natten}
+CONTENDERS = {"kernels": kernels, "sdpa": sdpa, "sdpa-compiled": sdpa, "plain": plain, "flex": flex, "natten": natten}
 
 
 def modes(name: str, problem: Problem) -> tuple[str, ...]:
@@ -173,7 +174,7 @@ def modes(name: str, problem: Problem) -> tuple[str, ...]:
 def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
     """Why a contender cannot run here."""
     padded = problem.geometry.map_to_token.numel() > problem.height * problem.width
-    if name == "triton":
+    if name == "kernels":
         return why_not_tensor(problem.bias_table) if importlib.util.find_spec("triton") else "Triton is not installed."
     if name == "flex" and padded:
         return "Padding tokens, which take part, are not among the tokens that it sees."
@@ -281,8 +282,12 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a `Problem`, and how often it is measured."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16" if on_gpu else "float32")
@@ -293,8 +298,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=72)
     parser.add_argument("--window", type=int, default=4)
     parser.add_argument("--shift", type=int, default=1)
-    parser.add_argument("--no-bias", action="store_true", help="a position bias of zeros")
     parser.add_argument("--runs", type=int, default=50 if on_gpu else 7)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sizes(parser)
+    parser.add_argument("--no-bias", action="store_true", help="a position bias of zeros")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     return parser.parse_args()
 
@@ -363,9 +373,7 @@ def main(args: argparse.Namespace) -> None:
 
     tensor_bytes = math.prod(problem.shape) * problem.dtype.itemsize
     rows = [make_row(*key, times, tensor_bytes, copy_rate) for key, times in seconds.items()]
-    device = (
-        torch.cuda.get_device_name() if problem.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    device = device_name(problem.device)
     print(f"{device}; copy rate {copy_rate / 1e9:.1f} GB/s; {vars(args)}")
     for row in rows:
         print("  ".join(f"{value!s:>18}" for value in row.values()))

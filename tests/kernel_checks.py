@@ -7,6 +7,7 @@ meanwhile, so that a place that no kernel writes shows.
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emulated_warp
@@ -241,6 +242,19 @@ def test_operators_are_well_formed():
     )
     torch.library.opcheck(ops.context_window_attention_backward, (grad_output, *maps, table, *indices, 2, 1.0))
     torch.library.opcheck(ops.depthwise_gelu_backward, (maps[0], maps[0][:, 0, 0], maps[1], convolution))
+
+
+def test_a_backward_pass_is_the_first_thing_in_its_thread():
+    """On a GPU such a thread has no context yet. The sizes are those of the CUDA kernels."""
+    geometry = window_geometry(4, 4, 4, 1, (None, None), DEVICE)
+    tokens, table = random_tensor(0, 1, 16, 72).half(), random_tensor(1, 49, 1).half()
+    norm, empty = torch.ones_like(tokens[0, 0]), tokens.new_empty(0)
+    arguments = (tokens, empty, empty, tokens, tokens, tokens, norm, norm, table, None, None, geometry.map_to_token)
+    arguments += (geometry.token_to_window, 4, 1e-10, 1.0, False)
+    expected = ops.local_window_attention_backward(*arguments)
+    with ThreadPoolExecutor() as threads:
+        actual = threads.submit(ops.local_window_attention_backward, *arguments).result()
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected))
 
 
 def test_gradients_repeat_bit_by_bit():

@@ -7,6 +7,7 @@ compiles them at the first call.
 
 import functools
 import importlib.resources
+import threading
 
 import torch
 
@@ -18,7 +19,7 @@ WARPS = 4  # of a block
 BACKWARD_PROGRAMS = 64
 # Blocks that a multiprocessor is to hold: what limits the registers of a lane.
 FORWARD_BLOCKS = 4
-BACKWARD_BLOCKS = 3
+BACKWARD_BLOCKS = 2
 
 TENSORS = (
     "query", "key", "value", "norm_q", "norm_k", "cos", "sin", "table", "map_to_token", "token_to_window",
@@ -57,7 +58,21 @@ def kernel(name: str, device: int, capability: tuple[int, int], macros: tuple[st
     return torch.cuda._compile_kernel(source, name, "{}{}".format(*capability), nvcc_options=options)
 
 
+_thread = threading.local()
+
+
+def join_context(device: torch.device) -> None:
+    """
+    Gives this thread the device's context, as the first kernel of PyTorch in it does. Launches through the driver need
+    one, and backward passes run in threads of their own.
+    """
+    if not hasattr(_thread, "has_context"):
+        torch.zeros(1, device=device)
+        _thread.has_context = True
+
+
 def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int], args: list) -> None:
+    join_context(device)
     macros = tuple(f"{key}={int(value)}" for key, value in macros.items())
     run = kernel(name, device.index, torch.cuda.get_device_capability(device), macros)
     run((*grid, 1), (32 * WARPS, 1, 1), args)
