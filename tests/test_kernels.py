@@ -62,6 +62,23 @@ def test_without_cuda_there_is_a_reason():
     assert why_not_triton(model.to("meta")) is not None
 
 
+def test_without_a_compiler_for_cuda_triton_serves(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    from diffusers_localdit.kernels import window4
+
+    def compile_kernel(*arguments):
+        raise OSError("Could not find libnvrtc")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(window4.logger, "propagate", True)
+    tensor = type("OnGPU", (), {"is_cuda": True, "device": torch.device("cpu")})
+    for _ in range(2):
+        assert not window4.may_launch(tensor)
+    assert caplog.text.count("Triton's are used instead, which are slower: Could not find libnvrtc") == 1
+    window4.can_compile.cache_clear()
+
+
 def launches_of(monkeypatch, compute) -> list:
     """The kernels that `compute()` launches, with their arguments, launching none."""
     from triton.runtime.jit import JITFunction

@@ -10,13 +10,13 @@ import importlib.resources
 import threading
 
 import torch
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 WINDOW_SIZE = 4
 HEAD_DIM = 72
 WARPS = 4  # of a block
-# Warps per head of a backward pass: each sums its windows' share of the parameters' gradients, in a fixed order, so
-# that the result does not depend on the machine.
-BACKWARD_PROGRAMS = 64
 # Blocks that a multiprocessor is to hold: what limits the registers of a lane.
 FORWARD_BLOCKS = 4
 BACKWARD_BLOCKS = 2
@@ -26,10 +26,36 @@ TENSORS = (
 )  # fmt: skip
 SIZES = ("batch_stride", "token_stride", "tokens", "map_height", "map_width")
 
+_thread = threading.local()
+
+
+def join_context(device: torch.device) -> None:
+    """
+    Gives this thread the device's context, as the first kernel of PyTorch in it does. Launches through the driver need
+    one, and backward passes run in threads of their own.
+    """
+    if not hasattr(_thread, "has_context"):
+        torch.zeros(1, device=device)
+        _thread.has_context = True
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether PyTorch finds what it compiles CUDA with; if not, it is said once, and Triton's kernels serve."""
+    join_context(device)
+    try:
+        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
+    except (AttributeError, OSError, RuntimeError) as error:
+        logger.warning(
+            f"PyTorch cannot compile CUDA kernels here, Triton's are used instead, which are slower: {error}"
+        )
+        return False
+    return True
+
 
 def may_launch(tensor: torch.Tensor) -> bool:
     """Whether the kernels can run where a tensor is."""
-    return tensor.is_cuda and torch.version.cuda is not None and hasattr(torch.cuda, "_compile_kernel")
+    return tensor.is_cuda and torch.version.cuda is not None and can_compile(tensor.device)
 
 
 def serves(common: dict, *others: torch.Tensor | None) -> bool:
@@ -46,6 +72,7 @@ def serves(common: dict, *others: torch.Tensor | None) -> bool:
         and all(x is None or (x.dtype == query.dtype and x.data_ptr() % 16 == 0) for x in halves)
         and all(x.dtype == torch.float32 and x.data_ptr() % 16 == 0 for x in floats)
         and common["batch_stride"] % 8 == common["token_stride"] % 8 == 0
+        and common["batch_stride"] < 2**31
         and may_launch(query)
     )
 
@@ -56,19 +83,6 @@ def kernel(name: str, device: int, capability: tuple[int, int], macros: tuple[st
     source = importlib.resources.files(__package__).joinpath("window4.cu").read_text()
     options = [*(f"-D{macro}" for macro in macros), "--use_fast_math"]
     return torch.cuda._compile_kernel(source, name, "{}{}".format(*capability), nvcc_options=options)
-
-
-_thread = threading.local()
-
-
-def join_context(device: torch.device) -> None:
-    """
-    Gives this thread the device's context, as the first kernel of PyTorch in it does. Launches through the driver need
-    one, and backward passes run in threads of their own.
-    """
-    if not hasattr(_thread, "has_context"):
-        torch.zeros(1, device=device)
-        _thread.has_context = True
 
 
 def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int], args: list) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
 """
-Triton kernels of shifted-window attention: each tensor is read once and written once.
+Triton kernels of shifted-window attention: each tensor is read once and written once. For the sizes of the released
+model in half precision the CUDA kernels of `window4.py` take their place.
 
 A program serves one head of one window. It finds its tokens through the index map (shift and padding are in it),
 normalises and turns queries and keys in registers, attends, and writes to the tokens' own places. `reference.py` says
@@ -26,8 +27,8 @@ MASK_VALUE = tl.constexpr(-10000.0)
 # Heads that a program of the forward pass serves one after the other: it finds its tokens and loads the rotary table
 # once, and while it computes one head, what the next one needs is on its way.
 FORWARD_HEADS = 8
-# Programs per head of a backward pass. Each sums its windows' share of the parameters' gradients in registers, in a
-# fixed order, and writes it once: the result does not depend on the machine.
+# Programs per head of a backward pass (warps in the CUDA kernels). Each sums its windows' share of the parameters'
+# gradients in registers, in a fixed order, and writes it once: the result does not depend on the machine.
 BACKWARD_PROGRAMS = 64
 
 
