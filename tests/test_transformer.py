@@ -22,6 +22,7 @@ from diffusers_localdit.transformer_localdit import (
     apply_rotary,
     cached_token_map_geometry,
     gelu_tanh_,
+    is_plain,
     rotary_table,
 )
 
@@ -241,6 +242,21 @@ def test_gelu_in_place_is_the_gelu(dtype, rtol):
     x = torch.linspace(-6, 6, 1000).reshape(1, 125, 8).to(dtype)  # more than once 64 rows
     expected = F.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(gelu_tanh_(x).double(), expected, rtol=rtol, atol=1e-7)
+
+
+def test_only_plain_linears_are_computed_from_their_weights():
+    x, linear = torch.randn(2, 4), torch.nn.Linear(4, 4)
+    assert is_plain(linear, x)
+    assert not is_plain(linear, x.bfloat16())  # layerwise casting
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_plain(linear, x.bfloat16())
+    assert not is_plain(linear, x.to("meta"))  # offloading
+    assert not is_plain(type("Adapter", (torch.nn.Linear,), {})(4, 4), x)
+    handle = linear.register_forward_hook(lambda *arguments: None)
+    assert not is_plain(linear, x)
+    handle.remove()
+    linear.weight = torch.nn.Parameter(torch.randn(4, 4).as_subclass(type("Int8", (torch.Tensor,), {})))
+    assert not is_plain(linear, x)
 
 
 @torch.no_grad()

@@ -279,6 +279,19 @@ def is_hooked(module: nn.Module) -> bool:
     return told or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_plain(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """
+    Whether a linear may be computed from its weight without calling it: it has no adapter, no quantised weight and no
+    hook, and the weight is where the tokens are and in their dtype (layerwise casting and offloading see to that in
+    the call), or autocast makes it so.
+    """
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or is_hooked(linear):
+        return False
+    device, dtype = linear.weight.device, linear.weight.dtype
+    cast = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
+    return device == hidden_states.device and (cast or dtype == hidden_states.dtype)
+
+
 def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor], length: int) -> torch.Tensor:
     """Tokens `(B, L, C)` of `windows`, `(B, n*w*w, C)` for each part, one part at a time."""
     tokens = None
@@ -642,8 +655,8 @@ def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def may_fuse_gelu(hidden_states: torch.Tensor, linear: nn.Module) -> bool:
     """Whether cuBLAS may apply a GELU to what a linear gives, which saves two passes over it; it has no gradient."""
-    fits = hidden_states.device.type == "cuda" and hidden_states.dtype in (torch.float16, torch.bfloat16)
-    return fits and not torch.is_grad_enabled() and type(linear) is nn.Linear and linear.weight.is_cuda
+    half = hidden_states.dtype in (torch.float16, torch.bfloat16)
+    return hidden_states.is_cuda and half and not torch.is_grad_enabled() and is_plain(linear, hidden_states)
 
 
 class LocalDiTFeedForward(FeedForward):

@@ -12,6 +12,7 @@ from ..transformer_localdit import (
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     WindowGeometry,
+    is_plain,
 )
 
 WINDOW_SIZES = range(2, 17)
@@ -137,10 +138,10 @@ class LocalDiTTritonAttnProcessor:
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
         features, mean = self.ops.depthwise_gelu(query_map, stage.depthwise.weight.to(query_map.dtype))
         gate = stage.gate(mean)  # (B, C)
-        if type(stage.pointwise) is not torch.nn.Linear:  # layers of an adapter, say
+        if not is_plain(stage.pointwise, features):
             return query_map + stage.pointwise(features * gate[:, None, None])
         # query_map + W (gate * features), with the gate in W instead, which is smaller than the features.
-        weight = (stage.pointwise.weight * gate[:, None]).to(features.dtype)  # (B, C, C)
+        weight = stage.pointwise.weight * gate[:, None]  # (B, C, C)
         rows = (x.flatten(1, 2) for x in (query_map, features))  # (B, Hp*Wp, C)
         return torch.baddbmm(*rows, weight.transpose(1, 2)).view_as(query_map)
 
