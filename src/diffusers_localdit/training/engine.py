@@ -28,6 +28,8 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if deepspeed:
         check_deepspeed(settings)
+    if on_cpu:
+        check_precision_of_cpu(settings)
     accelerator = Accelerator(
         # Unless told, accelerate would leave processes on CPUs apart; but told, it would not take DeepSpeed.
         cpu=on_cpu and not deepspeed,
@@ -46,13 +48,16 @@ def build_accelerator(settings: TrainingSettings) -> Accelerator:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if accelerator.device.type == "cpu":
-        if settings.mixed_precision == "fp16":
-            raise ValueError("there is no accelerator here, which fp16 needs: give --mixed-precision bf16 or no")
         accelerator.print("there is no accelerator here: training on the CPU")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         torch.set_flush_denormal(True)
     return accelerator
+
+
+def check_precision_of_cpu(settings: TrainingSettings) -> None:
+    if settings.mixed_precision == "fp16":
+        raise ValueError("there is no accelerator here, which fp16 needs: give --mixed-precision bf16 or no")
 
 
 def check_deepspeed(settings: TrainingSettings) -> None:
