@@ -19,14 +19,13 @@ import torch
 from window_attention import (
     EPS,
     SETS,
-    WARM_UP_COPIES,
-    WARM_UP_TURNS,
     Calls,
     CapturedCalls,
     Clock,
     Problem,
     add_sizes,
     device_name,
+    take_turns,
 )
 
 from diffusers_localdit.kernels import query_stage, window4, window_attention
@@ -92,19 +91,11 @@ def main(args: argparse.Namespace) -> None:
         for name, (_, run) in functions.items()
         if not name.startswith("query stage")
     }
-    for _ in range(WARM_UP_COPIES if on_gpu else 0):
-        clock.copy()
-    copies, seconds = [], {key: [] for key in calls}
-    for turn in range(args.runs + WARM_UP_TURNS):
-        copies.append(clock(clock.copy))
-        for key, of_kernel in calls.items():
-            seconds[key].append(of_kernel.seconds(clock, turn))
-
-    copy_rate = 2 * clock.source.nbytes / statistics.median(copies[WARM_UP_TURNS:])
+    copy_rate, seconds = take_turns(calls, clock, args.runs)
     tensor_bytes = sets[0][3].nbytes
     rows = []
     for (name, kind), times in seconds.items():
-        median = statistics.median(times[WARM_UP_TURNS:])
+        median = statistics.median(times)
         share = functions[name][0] * tensor_bytes / median / copy_rate
         rows.append({"kernel": name, "kind": kind, "us": round(median * 1e6, 1), "share": round(share, 3)})
         print("{kernel:>26} {kind:>8} {us:10.1f} us {share:7.3f}".format(**rows[-1]))

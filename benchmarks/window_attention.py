@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -275,6 +275,19 @@ class CapturedCalls:
         return clock(self.graph.replay) / len(self.results)
 
 
+def take_turns(calls: dict[Hashable, Calls | CapturedCalls], clock: Clock, runs: int) -> tuple[float, dict]:
+    """Bytes that a copy reads and writes in a second, and the seconds of each one's call in every turn."""
+    for _ in range(WARM_UP_COPIES if clock.on_gpu else 0):
+        clock.copy()
+    copies, seconds = [], {key: [] for key in calls}
+    for turn in range(runs + WARM_UP_TURNS):
+        copies.append(clock(clock.copy))
+        for key, of_one in calls.items():
+            seconds[key].append(of_one.seconds(clock, turn))
+    copy_rate = 2 * clock.source.nbytes / statistics.median(copies[WARM_UP_TURNS:])
+    return copy_rate, {key: times[WARM_UP_TURNS:] for key, times in seconds.items()}
+
+
 def first_line(error: BaseException) -> str:
     """What went wrong in a capture: the error of its end says only that something did."""
     while error.__context__ is not None:
@@ -340,15 +353,8 @@ def measure(problem: Problem, args: argparse.Namespace) -> tuple[float, dict[tup
                 raise
             not_measured[name] = f"No CUDA graph: {first_line(error)}"
 
-    for _ in range(WARM_UP_COPIES if on_gpu else 0):
-        clock.copy()
-    copies, seconds = [], {key: [] for key in calls}
-    for turn in range(args.runs + WARM_UP_TURNS):
-        copies.append(clock(clock.copy))
-        for key, of_contender in calls.items():
-            seconds[key].append(of_contender.seconds(clock, turn))
-    copy_rate = 2 * clock.source.nbytes / statistics.median(copies[WARM_UP_TURNS:])
-    return copy_rate, {key: times[WARM_UP_TURNS:] for key, times in seconds.items()}, not_measured
+    copy_rate, seconds = take_turns(calls, clock, args.runs)
+    return copy_rate, seconds, not_measured
 
 
 def make_row(name: str, mode: str, times: list[float], tensor_bytes: int, copy_rate: float) -> dict:

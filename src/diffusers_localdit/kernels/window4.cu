@@ -1,8 +1,8 @@
 // Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
 //
 // Shifted-window attention for windows of 4 x 4 tokens and heads of 72 channels in half precision: one warp serves one
-// head of one window, all in registers. The same computation as window_attention.py (Triton), which serves every other
-// case; reference.py says what it is.
+// head of one window, all in registers. Triton's kernels (triton_forward.py, triton_backward.py) serve every other case;
+// reference.py says what is computed.
 //
 // A lane is (g, t) = (lane / 4, lane % 4). The matrix instructions m16n8k16 and m16n8k8 want operands spread over the
 // lanes in a fixed way, but in a product over channels any order of the channels will do, if both operands have the
@@ -11,7 +11,8 @@
 // between lanes first; what such a product gives is spread over the lanes as what was loaded.
 //
 // Set by whoever compiles this: HEADS; HALF (half precision with 5 bits of exponent, else bfloat16); PREPARE (queries
-// and keys are still to be normalised, and lie in image order), ROTARY, MAPS, RESIDUAL.
+// and keys are still to be normalised, and lie in image order), ROTARY, MAPS, RESIDUAL, PADDED (the map has more places
+// than the image has tokens), MIN_BLOCKS (that a multiprocessor is to hold, which limits the registers).
 
 #define HEAD_DIM 72
 #define WIDTH (HEADS * HEAD_DIM)
@@ -23,7 +24,7 @@ typedef unsigned int word;  // two numbers in half precision, the first in the l
 typedef unsigned short half_bits;
 typedef long long index_t;
 
-#ifndef EMULATED  // tests/emulated_warp.h has these for a CPU
+#ifndef EMULATED  // tests/emulated_warp.cpp has these for a CPU
 struct alignas(16) quad { word x[4]; };
 
 __device__ __forceinline__ void unpack(word x, float& low, float& high) {
@@ -91,6 +92,8 @@ struct Place {
     int map_height, map_width;
     int map_row[2], token[2];  // of members g and g + 8
     bool inside[2];            // no padding
+    int row[2];                // of the inputs
+    bool present[2];           // in them
 };
 
 __device__ __forceinline__ Place locate(
@@ -111,6 +114,8 @@ __device__ __forceinline__ Place locate(
         p.map_row[a] = (p.top + p.g / 4 + 2 * a) * map_width + p.left + p.g % 4;
         p.token[a] = (int)map_to_token[p.map_row[a]];
         p.inside[a] = !PADDED || p.token[a] < tokens;
+        p.row[a] = PREPARE ? p.token[a] : p.map_row[a];
+        p.present[a] = PREPARE ? p.inside[a] : true;
     }
     return p;
 }
@@ -282,19 +287,12 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) window4_forward(
     index_t in_input = (index_t)blockIdx.y * batch_stride + p.head * HEAD_DIM;
     index_t in_output = (index_t)blockIdx.y * tokens * WIDTH + p.head * HEAD_DIM;
     index_t in_map = (index_t)blockIdx.y * map_height * map_width * WIDTH + p.head * HEAD_DIM;
-#if PREPARE
-    const int* row = p.token;
-    const bool* present = p.inside;
-#else
-    const int* row = p.map_row;
-    const bool present[2] = {true, true};
-#endif
 
     word q[2][WORDS], k[2][WORDS], v[2][WORDS];
     for (int a = 0; a < 2; a++) {
-        load_row(q[a], query + in_input + (index_t)row[a] * token_stride, p.t, present[a]);
-        load_row(k[a], key + in_input + (index_t)row[a] * token_stride, p.t, present[a]);
-        load_row(v[a], value + in_input + (index_t)row[a] * token_stride, p.t, present[a]);
+        load_row(q[a], query + in_input + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
+        load_row(k[a], key + in_input + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
+        load_row(v[a], value + in_input + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
     }
 #if PREPARE
     Rotary rotary;
@@ -344,6 +342,7 @@ __device__ __forceinline__ void prepare_backward(
 ) {
     word weight[WORDS];
     load_row(weight, norm, p.t, true);
+#pragma unroll  // or the gradients would lie in memory, to be found by a
     for (int a = 0; a < 2; a++) {
         word raw[WORDS];
         load_row(raw, x + (index_t)p.token[a] * token_stride, p.t, p.inside[a]);
@@ -393,10 +392,28 @@ __device__ __forceinline__ void add_row(float* x, const half_bits* row, int t) {
     }
 }
 
-__device__ __forceinline__ void store_numbers(half_bits* row, const float* x, int t) {
-    word packed[WORDS];
-    for (int i = 0; i < WORDS; i++) packed[i] = pack(x[2 * i], x[2 * i + 1]);
-    store_row(row, packed, t);
+// Gradients lie where the inputs do: in image order, or on the map without PREPARE.
+__device__ __forceinline__ void store_gradient(half_bits* to, const float (*grad)[2 * WORDS], const Place& p) {
+    for (int a = 0; a < 2; a++) {
+        if (!p.present[a]) continue;
+        word packed[WORDS];
+        for (int i = 0; i < WORDS; i++) packed[i] = pack(grad[a][2 * i], grad[a][2 * i + 1]);
+        store_row(to + (index_t)p.row[a] * WIDTH, packed, p.t);
+    }
+}
+
+// From the gradients of queries or keys as attention took them to those of the inputs, which are stored.
+__device__ __forceinline__ void finish(
+    float (*grad)[2 * WORDS], float* grad_norm, const half_bits* x, const half_bits* norm, index_t token_stride,
+    const float* cos, const float* sin, float eps, const half_bits* grad_map, half_bits* to, const Place& p
+) {
+#if MAPS
+    for (int a = 0; a < 2; a++) add_row(grad[a], grad_map + (index_t)p.map_row[a] * WIDTH, p.t);
+#endif
+#if PREPARE
+    prepare_backward(grad, grad_norm, x, norm, token_stride, cos, sin, eps, p);
+#endif
+    store_gradient(to, grad, p);
 }
 
 // Sums of the lanes' numbers over g, written by the first of them.
@@ -426,9 +443,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) window4_backward(
     int windows = map_height / 4 * (map_width / 4);
     float scale = output_scale * 0.11785113019775793;
     float bias_sum[2][4] = {};
-#if PREPARE
     float norm_q_sum[2 * WORDS] = {}, norm_k_sum[2 * WORDS] = {};
-#endif
     Place p;
 
     for (int index = program; index < batch_size * windows; index += programs) {
@@ -439,26 +454,18 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) window4_backward(
         const half_bits* in_value = value + (index_t)batch * batch_stride + head * HEAD_DIM;
         index_t in_output = (index_t)batch * tokens * WIDTH + head * HEAD_DIM;
         index_t in_map = (index_t)batch * map_height * map_width * WIDTH + head * HEAD_DIM;
-#if PREPARE
-        const int* row = p.token;
-        const bool* present = p.inside;
-        index_t in_grad = in_output;
-#else
-        const int* row = p.map_row;
-        const bool present[2] = {true, true};
-        index_t in_grad = in_map;
-#endif
+        index_t in_grad = PREPARE ? in_output : in_map;
 
         word q[2][WORDS], k[2][WORDS], g[2][WORDS];
         float weights[2][4], grad_scores[2][4];
         for (int a = 0; a < 2; a++) {
-            load_row(q[a], in_query + (index_t)row[a] * token_stride, p.t, present[a]);
-            load_row(k[a], in_key + (index_t)row[a] * token_stride, p.t, present[a]);
+            load_row(q[a], in_query + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
+            load_row(k[a], in_key + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
             load_row(g[a], grad_output + in_output + (index_t)p.token[a] * WIDTH, p.t, p.inside[a]);
         }
         {
             word v[2][WORDS];
-            for (int a = 0; a < 2; a++) load_row(v[a], in_value + (index_t)row[a] * token_stride, p.t, present[a]);
+            for (int a = 0; a < 2; a++) load_row(v[a], in_value + (index_t)p.row[a] * token_stride, p.t, p.present[a]);
             inner(grad_scores, g, v);  // of the weights, so far
         }
 #if PREPARE
@@ -490,30 +497,17 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) window4_backward(
         pack_weights(packed, weights, output_scale);
         transpose_weights(transposed, packed);
         mix(grad, transposed, g);
-        for (int a = 0; a < 2; a++)
-            if (present[a]) store_numbers(grad_value + in_grad + (index_t)row[a] * WIDTH, grad[a], p.t);
+        store_gradient(grad_value + in_grad, grad, p);
 
         pack_weights(packed, grad_scores, scale);
         transpose_weights(transposed, packed);
         mix(grad, packed, k);
-#if MAPS
-        for (int a = 0; a < 2; a++) add_row(grad[a], grad_query_map + in_map + (index_t)p.map_row[a] * WIDTH, p.t);
-#endif
-#if PREPARE
-        prepare_backward(grad, norm_q_sum, in_query, norm_q, token_stride, cos, sin, eps, p);
-#endif
-        for (int a = 0; a < 2; a++)
-            if (present[a]) store_numbers(grad_query + in_grad + (index_t)row[a] * WIDTH, grad[a], p.t);
-
+        finish(
+            grad, norm_q_sum, in_query, norm_q, token_stride, cos, sin, eps, grad_query_map + in_map,
+            grad_query + in_grad, p
+        );
         mix(grad, transposed, q);
-#if MAPS
-        for (int a = 0; a < 2; a++) add_row(grad[a], grad_key_map + in_map + (index_t)p.map_row[a] * WIDTH, p.t);
-#endif
-#if PREPARE
-        prepare_backward(grad, norm_k_sum, in_key, norm_k, token_stride, cos, sin, eps, p);
-#endif
-        for (int a = 0; a < 2; a++)
-            if (present[a]) store_numbers(grad_key + in_grad + (index_t)row[a] * WIDTH, grad[a], p.t);
+        finish(grad, norm_k_sum, in_key, norm_k, token_stride, cos, sin, eps, grad_key_map + in_map, grad_key + in_grad, p);
     }
 
     index_t part = (index_t)program * HEADS + head;

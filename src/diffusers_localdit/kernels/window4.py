@@ -139,36 +139,28 @@ def forward(
     )
 
 
-def backward(
-    common: dict,
-    grad_output: torch.Tensor,
-    grad_maps: tuple[torch.Tensor, torch.Tensor] | None,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    grad_norm: torch.Tensor,
-    grad_bias: torch.Tensor,
-    output_scale: float,
-) -> None:
-    """Fills the gradients of query, key and value, and the programs' shares of those of norms and bias."""
-    programs = grad_bias.shape[0]
+def backward(common: dict, gradients, output_scale: float) -> None:
+    """Fills the `window_attention.Gradients`."""
+    output, programs = gradients.output, gradients.bias.shape[0]
     tensors = [common[f"{name}_ptr"] for name in TENSORS]
     args = [
         *tensors[:3],
-        grad_output,
+        output,
         *tensors[3:],
-        *((grad_output, grad_output) if grad_maps is None else grad_maps),
-        *grads,
-        grad_norm,
-        grad_bias,
+        *(gradients.maps or (output, output)),
+        *gradients.inputs,
+        gradients.norms,
+        gradients.bias,
         programs,
-        grad_output.shape[0],
+        output.shape[0],
         *(common[name] for name in SIZES),
         float(common["eps"]),
         float(output_scale),
     ]
     launch(
         "window4_backward",
-        grad_output.device,
-        macros(common, BACKWARD_BLOCKS, MAPS=grad_maps is not None, RESIDUAL=False),
+        output.device,
+        macros(common, BACKWARD_BLOCKS, MAPS=gradients.maps is not None, RESIDUAL=False),
         (blocks(programs * common["HEADS"]), 1),
         args,
     )
