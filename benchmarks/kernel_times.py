@@ -56,7 +56,7 @@ def kernels(problem: Problem) -> dict:
         ),
         "context, backward": (7, lambda q, k, v, g, *m: backward(g, None, None, *on_map(*m), None, *rest)),
         "query stage, backward": (
-            5,
+            3,
             lambda q, k, v, g, m, n, _: query_stage.backward(
                 m.view(map_shape), g[:, 0].contiguous(), n.view(map_shape), convolution
             ),

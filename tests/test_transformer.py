@@ -255,6 +255,12 @@ def test_only_plain_linears_are_computed_from_their_weights():
     handle = linear.register_forward_hook(lambda *arguments: None)
     assert not is_plain(linear, x)
     handle.remove()
+    handle = linear.register_full_backward_hook(lambda *arguments: None)
+    assert not is_plain(linear, x)
+    handle.remove()
+    replaced = torch.nn.Linear(4, 4)
+    replaced.forward = lambda x: x  # as some adapters do
+    assert not is_plain(replaced, x)
     linear.weight = torch.nn.Parameter(torch.randn(4, 4).as_subclass(type("Int8", (torch.Tensor,), {})))
     assert not is_plain(linear, x)
 

@@ -279,13 +279,19 @@ def is_hooked(module: nn.Module) -> bool:
     return told or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody has put something around a module's `forward` or in its place, as some adapters do."""
+    hooks = module._backward_hooks or module._backward_pre_hooks or is_hooked(module)
+    return not hooks and "forward" not in module.__dict__
+
+
 def is_plain(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
     """
     Whether a linear may be computed from its weight without calling it: it has no adapter, no quantised weight and no
     hook, and the weight is where the tokens are and in their dtype (layerwise casting and offloading see to that in
     the call), or autocast makes it so.
     """
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or is_hooked(linear):
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or not is_untouched(linear):
         return False
     device, dtype = linear.weight.device, linear.weight.dtype
     cast = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
@@ -653,17 +659,20 @@ def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def may_fuse_gelu(hidden_states: torch.Tensor, linear: nn.Module) -> bool:
-    """Whether cuBLAS may apply a GELU to what a linear gives, which saves two passes over it; it has no gradient."""
+def may_fuse_gelu(hidden_states: torch.Tensor, widen: nn.Module) -> bool:
+    """Whether cuBLAS may apply the GELU to what a linear gives, which saves two passes over it; it has no gradient."""
     half = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    return hidden_states.is_cuda and half and not torch.is_grad_enabled() and is_plain(linear, hidden_states)
+    if not (hidden_states.is_cuda and half) or torch.is_grad_enabled() or not is_untouched(widen):
+        return False
+    # No autocast: PyTorch has none for this operator.
+    return is_plain(widen.proj, hidden_states) and widen.proj.weight.dtype == hidden_states.dtype
 
 
 class LocalDiTFeedForward(FeedForward):
     r"""diffusers' feed-forward with a tanh-approximate GELU; large inputs on a CPU in slabs, widened in place."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if may_fuse_gelu(hidden_states, self.net[0].proj):
+        if may_fuse_gelu(hidden_states, self.net[0]):
             return self._fused(hidden_states)
         if not works_in_slabs(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
             return super().forward(hidden_states)

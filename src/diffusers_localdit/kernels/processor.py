@@ -140,7 +140,7 @@ class LocalDiTTritonAttnProcessor:
         gate = stage.gate(mean)  # (B, C)
         if not is_plain(stage.pointwise, features):
             return query_map + stage.pointwise(features * gate[:, None, None])
-        # query_map + W (gate * features), with the gate in W instead, which is smaller than the features.
+        # query_map + W (gate * features), with the gate in W instead, which is smaller where maps are large.
         weight = stage.pointwise.weight * gate[:, None]  # (B, C, C)
         rows = (x.flatten(1, 2) for x in (query_map, features))  # (B, Hp*Wp, C)
         return torch.baddbmm(*rows, weight.transpose(1, 2)).view_as(query_map)

@@ -5,7 +5,7 @@ map in one pass over a channels-last map `(B, height, width, C)`, and the backwa
 
 A program walks down a strip: some rows of PAIRS pairs of columns, for a block of channels. A thread keeps the rows
 around its place in registers, and both columns of a pair use them, so that a number of the map is loaded and converted
-about twice, not nine times. The rows and columns that strips share come from the cache.
+2.5 times, not nine. The rows and columns that strips share come from the cache.
 """
 
 import torch

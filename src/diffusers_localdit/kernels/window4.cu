@@ -53,12 +53,12 @@ __device__ __forceinline__ word pack(float low, float high) {
 #endif
 
 __device__ __forceinline__ void multiply16(float* c, word a0, word a1, word a2, word a3, word b0, word b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void multiply8(float* c, word a0, word a1, word b0) {
-    asm("mma.sync.aligned.m16n8k8.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col." TYPES " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
 
@@ -67,10 +67,12 @@ __device__ __forceinline__ float from_lane_xor(float x, int mask) { return __shf
 // Transposes the 8 x 8 numbers that the warp holds: row g, columns 2t and 2t + 1 become row 2t and 2t + 1, column g.
 __device__ __forceinline__ word transpose(word x) {
     word y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
 
+// Lanes may have parted where some of their members are padding.
+__device__ __forceinline__ void converge() { __syncwarp(); }
 __device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 #endif
 
@@ -198,6 +200,7 @@ __device__ __forceinline__ void prepare(word (*x)[WORDS], const half_bits* norm,
 
 // left right^T, two products of rows: rows g and g + 8, columns 8n + 2t and 8n + 2t + 1, n = 0 and 1.
 __device__ __forceinline__ void inner(float (*c)[4], const word (*left)[WORDS], const word (*right)[WORDS]) {
+    converge();
     for (int n = 0; n < 2; n++) {
         for (int i = 0; i < 4; i++) c[n][i] = 0;
         for (int s = 0; s < 4; s++)
@@ -249,6 +252,7 @@ __device__ __forceinline__ void softmax(float (*scores)[4], const half_bits* tab
 
 // Sums of rows by weights, whose words are the operand (rows 0 to 15, columns 0 to 15): output[a] is row g + 8a.
 __device__ __forceinline__ void mix(float (*output)[2 * WORDS], const word* weights, const word (*x)[WORDS]) {
+    converge();
     for (int i = 0; i < WORDS; i++) {
         float c[4] = {0, 0, 0, 0};
         multiply16(c, weights[0], weights[1], weights[2], weights[3], transpose(x[0][i]), transpose(x[1][i]));

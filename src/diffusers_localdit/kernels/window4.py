@@ -8,9 +8,11 @@ compiles them at the first call.
 import functools
 import importlib.resources
 import threading
+from unittest.mock import patch
 
 import torch
 from diffusers.utils import logging
+from torch.utils import cpp_extension
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +26,7 @@ BACKWARD_BLOCKS = 2
 TENSORS = (
     "query", "key", "value", "norm_q", "norm_k", "cos", "sin", "table", "map_to_token", "token_to_window",
 )  # fmt: skip
+PARAMETERS = ("norm_q", "norm_k", "table")
 SIZES = ("batch_stride", "token_stride", "tokens", "map_height", "map_width")
 
 _thread = threading.local()
@@ -39,12 +42,21 @@ def join_context(device: torch.device) -> None:
         _thread.has_context = True
 
 
+def compile_kernel(source: str, name: str, **settings):
+    """
+    A kernel, compiled by PyTorch. It names the folder of a toolkit's headers to the compiler, and fails where there is
+    no toolkit; these kernels include no header, so that any name will do.
+    """
+    with patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or "no-toolkit"):
+        return torch.cuda._compile_kernel(source, name, **settings)
+
+
 @functools.cache
 def can_compile(device: torch.device) -> bool:
     """Whether PyTorch finds what it compiles CUDA with; if not, it is said once, and Triton's kernels serve."""
     join_context(device)
     try:
-        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
+        compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
     except (AttributeError, OSError, RuntimeError) as error:
         logger.warning(
             f"PyTorch cannot compile CUDA kernels here, Triton's are used instead, which are slower: {error}"
@@ -64,17 +76,27 @@ def serves(common: dict, *others: torch.Tensor | None) -> bool:
     once. `common` is what the Triton kernels of a call share, `others` are further tensors in half precision.
     """
     query = common["query_ptr"]
-    halves = [query, *(common[f"{name}_ptr"] for name in ("key", "value", "norm_q", "norm_k", "table")), *others]
+    halves = [query, *(common[f"{name}_ptr"] for name in ("key", "value")), *others]
+    parameters = [common[f"{name}_ptr"] for name in PARAMETERS]
     floats = [common["cos_ptr"], common["sin_ptr"]] if common["ROTARY"] else []
+    indices = [common["map_to_token_ptr"], common["token_to_window_ptr"]]
     return (
         (common["W"], common["HEAD_DIM"]) == (WINDOW_SIZE, HEAD_DIM)
         and query.dtype in (torch.float16, torch.bfloat16)
         and all(x is None or (x.dtype == query.dtype and x.data_ptr() % 16 == 0) for x in halves)
+        and all(x.dtype in (query.dtype, torch.float32) and x.data_ptr() % 16 == 0 for x in parameters)
         and all(x.dtype == torch.float32 and x.data_ptr() % 16 == 0 for x in floats)
+        and all(x.dtype == torch.int64 for x in indices)
         and common["batch_stride"] % 8 == common["token_stride"] % 8 == 0
         and common["batch_stride"] < 2**31
         and may_launch(query)
     )
+
+
+def tensors(common: dict) -> list[torch.Tensor]:
+    """The arguments of both kernels that are tensors. Under autocast parameters come in float32."""
+    dtype = common["query_ptr"].dtype
+    return [common[f"{name}_ptr"].to(dtype) if name in PARAMETERS else common[f"{name}_ptr"] for name in TENSORS]
 
 
 @functools.cache
@@ -82,7 +104,8 @@ def kernel(name: str, device: int, capability: tuple[int, int], macros: tuple[st
     """A kernel, compiled for a device."""
     source = importlib.resources.files(__package__).joinpath("window4.cu").read_text()
     options = [*(f"-D{macro}" for macro in macros), "--use_fast_math"]
-    return torch.cuda._compile_kernel(source, name, "{}{}".format(*capability), nvcc_options=options)
+    capability = "{}{}".format(*capability)
+    return compile_kernel(source, name, compute_capability=capability, nvcc_options=options)
 
 
 def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int], args: list) -> None:
@@ -121,7 +144,7 @@ def forward(
     units = common["map_height"] * common["map_width"] // WINDOW_SIZE**2 * common["HEADS"]
     flags = {"MAPS": query_map.numel() > 0, "RESIDUAL": residual is not None}
     args = [
-        *(common[f"{name}_ptr"] for name in TENSORS),
+        *tensors(common),
         output if residual is None else residual,
         output,
         query_map,
@@ -142,11 +165,13 @@ def forward(
 def backward(common: dict, gradients, output_scale: float) -> None:
     """Fills the `window_attention.Gradients`."""
     output, programs = gradients.output, gradients.bias.shape[0]
-    tensors = [common[f"{name}_ptr"] for name in TENSORS]
+    query, key, value, *others = tensors(common)
     args = [
-        *tensors[:3],
+        query,
+        key,
+        value,
         output,
-        *tensors[3:],
+        *others,
         *(gradients.maps or (output, output)),
         *gradients.inputs,
         gradients.norms,

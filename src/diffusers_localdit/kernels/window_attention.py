@@ -183,8 +183,8 @@ def backward(
     output_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Gradients of query, key, value, of both norms' weights `(2, head_dim)` in float32 (zeros without a preparation) and
-    of the bias table.
+    Gradients of query, key, value, of both norms' weights `(2, head_dim)` in float32 (without a preparation
+    anything) and of the bias table.
     """
     common = _common_arguments(query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size)
     heads, head_dim, tiles = (common[name] for name in ("HEADS", "HEAD_DIM", "TILES"))
