@@ -99,9 +99,9 @@ def main(args: argparse.Namespace) -> None:
         share = functions[name][0] * tensor_bytes / median / copy_rate
         rows.append({"kernel": name, "kind": kind, "us": round(median * 1e6, 1), "share": round(share, 3)})
         print("{kernel:>26} {kind:>8} {us:10.1f} us {share:7.3f}".format(**rows[-1]))
-    print(
-        json.dumps({"device": device_name(problem.device), "copy_gb_per_s": round(copy_rate / 1e9, 1), "rows": rows})
-    )
+    settings = {"cuda_kernels": window4.may_launch(sets[0][0]), "torch": torch.__version__}
+    rates = {"device": device_name(problem.device), "copy_gb_per_s": round(copy_rate / 1e9, 1)}
+    print(json.dumps({**rates, **settings, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ here they are also compiled for GPUs, for which none is needed.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_without_a_compiler_for_cuda_triton_serves(monkeypatch, caplog):
         assert not window4.may_launch(tensor)
     assert caplog.text.count("Triton's are used instead, which are slower: Could not find libnvrtc") == 1
     window4.can_compile.cache_clear()
+
+
+def test_each_thread_joins_the_context_before_its_first_launch(monkeypatch):
+    pytest.importorskip("triton")
+    from diffusers_localdit.kernels import window4
+
+    calls = []
+    monkeypatch.setattr(torch, "zeros", lambda *arguments, **settings: calls.append("context"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(window4, "kernel", lambda *arguments: lambda *arguments: calls.append("launch"))
+    for _ in range(2):
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            for _ in range(2):
+                thread.submit(window4.launch, "name", torch.device("cpu"), {}, (1, 1), []).result()
+    assert calls == ["context", "launch", "launch"] * 2
 
 
 def launches_of(monkeypatch, compute) -> list:

@@ -15,6 +15,7 @@
 // than the image has tokens), MIN_BLOCKS (that a multiprocessor is to hold, which limits the registers).
 
 #define HEAD_DIM 72
+#define SCALE 0.11785113019775793f  // of scores: 72 ** -0.5
 #define WIDTH (HEADS * HEAD_DIM)
 #define WORDS 9  // of two numbers each, that a lane holds of a row
 #define LOG2_E 1.4426950408889634f
@@ -223,7 +224,7 @@ __device__ __forceinline__ void softmax(float (*scores)[4], const half_bits* tab
     for (int n = 0; n < 2; n++)
         for (int i = 0; i < 4; i++) {
             int a = i / 2, b = i % 2;
-            scores[n][i] = scores[n][i] * (0.11785113019775793f * LOG2_E) + bias[a - n + 1][b] * LOG2_E;
+            scores[n][i] = scores[n][i] * (SCALE * LOG2_E) + bias[a - n + 1][b] * LOG2_E;
         }
     bool seam_below = p.seam > 0 && p.top == p.map_height - 4, seam_right = p.seam > 0 && p.left == p.map_width - 4;
     if (seam_below || seam_right)
@@ -445,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(128, MIN_BLOCKS) window4_backward(
     int unit = blockIdx.x * 4 + threadIdx.x / 32, head = unit % HEADS, program = unit / HEADS;
     if (program >= programs) return;
     int windows = map_height / 4 * (map_width / 4);
-    float scale = output_scale * 0.11785113019775793;
+    float scale = output_scale * SCALE;
     float bias_sum[2][4] = {};
     float norm_q_sum[2 * WORDS] = {}, norm_k_sum[2 * WORDS] = {};
     Place p;

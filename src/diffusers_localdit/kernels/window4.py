@@ -8,11 +8,9 @@ compiles them at the first call.
 import functools
 import importlib.resources
 import threading
-from unittest.mock import patch
 
 import torch
 from diffusers.utils import logging
-from torch.utils import cpp_extension
 
 logger = logging.get_logger(__name__)
 
@@ -47,8 +45,14 @@ def compile_kernel(source: str, name: str, **settings):
     A kernel, compiled by PyTorch. It names the folder of a toolkit's headers to the compiler, and fails where there is
     no toolkit; these kernels include no header, so that any name will do.
     """
-    with patch.object(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME or "no-toolkit"):
+    from torch.utils import cpp_extension  # needs setuptools
+
+    toolkit = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = toolkit or "no-toolkit"
+    try:
         return torch.cuda._compile_kernel(source, name, **settings)
+    finally:
+        cpp_extension.CUDA_HOME = toolkit
 
 
 @functools.cache
@@ -57,7 +61,7 @@ def can_compile(device: torch.device) -> bool:
     join_context(device)
     try:
         compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
-    except (AttributeError, OSError, RuntimeError) as error:
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
         logger.warning(
             f"PyTorch cannot compile CUDA kernels here, Triton's are used instead, which are slower: {error}"
         )
