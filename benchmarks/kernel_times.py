@@ -1,8 +1,9 @@
 """
 Every kernel of `diffusers_localdit.kernels` alone, as the self-attention of the released model calls it: the local
-branch, the same with the maps that the context branch reads, the context branch's attention, a query stage, and the
-backward passes of these. Windows of 4 x 4 are served by CUDA kernels where they can be; the rows "triton" are of the
-Triton kernels in their place.
+branch, the same with the maps that the context branch reads, the context branch's attention, the convolution of a
+query stage, and the backward passes of these; and a whole query stage, product included, as it is without gradients.
+Windows of 4 x 4 are served by CUDA kernels where they can be; the rows "triton" are of the Triton kernels in their
+place.
 
 Each row says which share of the device's copy rate, measured in the same run, a kernel reaches when it is charged with
 reading its inputs and writing its outputs once. Times are of CUDA graphs, as in `window_attention.py`. The last line
@@ -28,7 +29,7 @@ from window_attention import (
     take_turns,
 )
 
-from diffusers_localdit.kernels import query_stage, window4, window_attention
+from diffusers_localdit.kernels import ops, query_stage, window4, window_attention
 from diffusers_localdit.kernels.window_attention import Preparation
 
 
@@ -38,7 +39,9 @@ def kernels(problem: Problem) -> dict:
     ready = Preparation(p.norm_q, p.norm_k, *p.rotary, EPS)
     rest = (p.bias_table, geometry.map_to_token, geometry.token_to_window, p.window_size, 0.5)
     map_shape = (p.shape[0], *geometry.map_to_token.shape, p.shape[2])
-    convolution = p.random(p.shape[2], 1, 3, 3)
+    width = p.shape[2]
+    convolution, squeeze, excite = p.random(width, 1, 3, 3), p.random(width // 4, width), p.random(width, width // 4)
+    pointwise = p.random(width, width) / width
     forward, backward = window_attention.forward, window_attention.backward
 
     def on_map(*tokens):
@@ -49,6 +52,10 @@ def kernels(problem: Problem) -> dict:
         "local with maps": (6, lambda q, k, v, *_: forward(q, k, v, ready, *rest, with_maps=True)),
         "context": (5, lambda q, k, v, g, *m: forward(*on_map(*m), None, *rest, residual=g)),
         "query stage": (2, lambda q, k, v, g, m, *_: query_stage.forward(m.view(map_shape), convolution)),
+        "whole query stage": (
+            2,
+            lambda q, k, v, g, m, *_: ops.query_stage_(m.view(map_shape), convolution, squeeze, excite, pointwise),
+        ),
         "local, backward": (7, lambda q, k, v, g, *_: backward(g, None, None, q, k, v, ready, *rest)),
         "local with maps, backward": (
             9,
@@ -89,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     calls |= {
         (name, "triton"): make_calls(without_cuda_kernels(run), "forward", sets, None)
         for name, (_, run) in functions.items()
-        if not name.startswith("query stage")
+        if "query stage" not in name
     }
     copy_rate, seconds = take_turns(calls, clock, args.runs)
     tensor_bytes = sets[0][3].nbytes

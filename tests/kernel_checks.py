@@ -29,6 +29,7 @@ from diffusers_localdit.kernels import (
 )
 from diffusers_localdit.kernels.processor import LocalDiTTritonAttnProcessor
 from diffusers_localdit.transformer_localdit import (
+    GlobalContextQueryStage,
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     rotary_table,
@@ -223,6 +224,26 @@ def test_depthwise_gelu(height, width, channels, batch_size, dtype):
     assert_same(ops.depthwise_gelu, reference.depthwise_gelu, tensors, dtype)
 
 
+@given(
+    height=st.integers(1, 9 * MANY),
+    width=st.integers(1, 5 * MANY),
+    channels=st.sampled_from([3, 70]),
+    hidden=st.sampled_from([1, 40]),
+    batch_size=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    weight_dtype=st.sampled_from([None, torch.float32]),  # autocast leaves weights in float32
+)
+@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+def test_query_stage_without_gradients(height, width, channels, hidden, batch_size, dtype, weight_dtype):
+    shapes = [(channels, 1, 3, 3), (hidden, channels), (channels, hidden), (channels, channels)]
+    weights = [random_tensor(i, *shape) / shape[1] ** 0.5 for i, shape in enumerate(shapes)]
+    weights = [weights[0].to(dtype), *(x.to(weight_dtype or dtype) for x in weights[1:])]
+    token_map = random_tensor(5, batch_size, height, width, channels).to(dtype)
+    expected = reference.query_stage(token_map.double(), *(x.double() for x in weights))
+    ops.query_stage_(token_map, *weights)
+    assert relative_error(token_map, expected) < TOLERANCE[dtype]
+
+
 def test_operators_are_well_formed():
     geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
     indices = (geometry.map_to_token, geometry.token_to_window)
@@ -246,6 +267,8 @@ def test_operators_are_well_formed():
     )
     torch.library.opcheck(ops.context_window_attention_backward, (grad_output, *maps, table, *indices, 2, 1.0))
     torch.library.opcheck(ops.depthwise_gelu_backward, (maps[0], maps[0][:, 0, 0], maps[1], convolution))
+    squeeze, excite, pointwise = (random_tensor(i, *shape) for i, shape in enumerate([(2, 8), (8, 2), (8, 8)]))
+    torch.library.opcheck(ops.query_stage_, (maps[0].clone(), convolution, squeeze, excite, pointwise))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="threads on a CPU need no context")
@@ -326,6 +349,18 @@ def test_cuda_kernels_under_autocast(cuda_launches):
     """Tokens in bfloat16, parameters in float32."""
     check_attention(heads=1, head_dim=72, window_size=4, autocast=True)
     assert set(cuda_launches) == {"window4_forward", "window4_backward"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapted", [None, "squeeze", "excite", "pointwise"])
+def test_a_query_stage_heeds_adapters_without_gradients(adapted):
+    torch.manual_seed(0)
+    stage, query_map = GlobalContextQueryStage(8).to(DEVICE), random_tensor(1, 2, 4, 3, 8)
+    if adapted is not None:
+        linear = getattr(stage, adapted)
+        linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
+    expected = stage([query_map])[0]
+    assert relative_error(LocalDiTTritonAttnProcessor()._query_stage(stage, query_map.clone()), expected) < 1e-6
 
 
 def load_golden(name: str):

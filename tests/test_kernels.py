@@ -143,7 +143,7 @@ def compile_kernel(kernel, arguments: dict, capability: int):
 )
 def test_kernels_compile_for_gpus(monkeypatch, capability, window_size, head_dim, dtype, batch_size):
     pytest.importorskip("triton")
-    from diffusers_localdit.kernels import query_stage, window_attention
+    from diffusers_localdit.kernels import query_gate, query_stage, window_attention
 
     heads, side = 2, 2 * window_size
     tokens = [torch.zeros(batch_size, side**2, heads * head_dim, dtype=dtype) for _ in range(3)]
@@ -155,6 +155,7 @@ def test_kernels_compile_for_gpus(monkeypatch, capability, window_size, head_dim
     place = torch.zeros(side, side, dtype=torch.int64)
     rest = (table, place, place.flatten(), window_size, 0.5)
     convolution = torch.zeros(heads * head_dim, 1, 3, 3, dtype=dtype)
+    means, narrow = torch.zeros(3, batch_size, heads * head_dim), torch.zeros(head_dim, heads * head_dim, dtype=dtype)
 
     def compute():
         window_attention.forward(*tokens, preparation, *rest, with_maps=True)
@@ -163,9 +164,10 @@ def test_kernels_compile_for_gpus(monkeypatch, capability, window_size, head_dim
         window_attention.backward(tokens[0], None, None, *tokens, None, *rest)
         query_stage.forward(token_map, convolution)
         query_stage.backward(token_map, token_map[:, 0, 0], token_map, convolution)
+        query_gate.gated_weight(means, narrow, narrow.T, narrow.T @ narrow, dtype)
 
     launches = launches_of(monkeypatch, compute)
-    assert len(launches) == (9 if window_size <= 8 else 13)
+    assert len(launches) == (11 if window_size <= 8 else 15)
     for kernel, arguments in launches:
         compiled = compile_kernel(kernel, arguments, capability)
         assert compiled.metadata.shared <= SHARED_MEMORY, (kernel.__name__, compiled.metadata.shared)

@@ -9,7 +9,7 @@ Shape legend: B batch, L tokens of the image, Hp x Wp its map, padded and rolled
 import torch
 from torch import Tensor
 
-from . import query_stage, window_attention
+from . import query_gate, query_stage, window_attention
 from .window_attention import Preparation
 
 
@@ -235,3 +235,19 @@ def _stage_backward(ctx, grad_features, grad_mean):
 
 
 depthwise_gelu.register_autograd(_stage_backward, setup_context=_save_stage)
+
+
+@torch.library.custom_op("diffusers_localdit::query_stage_", mutates_args=("token_map",))
+def query_stage_(token_map: Tensor, depthwise: Tensor, squeeze: Tensor, excite: Tensor, pointwise: Tensor) -> None:
+    r"""
+    A whole query stage of the context branch, written over its map; without gradients.
+
+    Args:
+        token_map (`torch.Tensor` of shape `(B, Hp, Wp, C)`): Rolled, padded map, contiguous.
+        depthwise, squeeze, excite, pointwise (`torch.Tensor`):
+            Weights of shapes `(C, 1, 3, 3)`, `(hidden, C)`, `(C, hidden)` and `(C, C)`.
+    """
+    features, means = query_stage.features(token_map, depthwise)
+    # map + W (gate * features), with the gate in W, which is smaller where maps are large.
+    weight = query_gate.gated_weight(means, squeeze, excite, pointwise, token_map.dtype)  # (B, C, C)
+    token_map.flatten(1, 2).baddbmm_(features.flatten(1, 2), weight.transpose(1, 2))

@@ -136,7 +136,12 @@ class LocalDiTTritonAttnProcessor:
         return attn.to_out[0](output)
 
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
-        features, mean = self.ops.depthwise_gelu(query_map, stage.depthwise.weight.to(query_map.dtype))
+        depthwise = stage.depthwise.weight.to(query_map.dtype)
+        linears = (stage.squeeze, stage.excite, stage.pointwise)
+        if not torch.is_grad_enabled() and all(is_plain(linear, query_map) for linear in linears):
+            self.ops.query_stage_(query_map, depthwise, *(linear.weight for linear in linears))
+            return query_map
+        features, mean = self.ops.depthwise_gelu(query_map, depthwise)
         gate = stage.gate(mean)  # (B, C)
         if not is_plain(stage.pointwise, features):
             return query_map + stage.pointwise(features * gate[:, None, None])

@@ -216,19 +216,25 @@ def _backward(
         tl.store(grad_weight_ptr + channel * 9 + tap, sums, mask=channel < C)
 
 
-def forward(token_map: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features `(B, height, width, C)` and their mean `(B, C)`."""
+def features(token_map: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features `(B, height, width, C)` and what each strip adds to their mean, `(strips, B, C)` in float32."""
     batch_size, height, width, channels = token_map.shape
     token_map, weight = token_map.contiguous(), weight.contiguous()
     strips = triton.cdiv(height, ROWS) * triton.cdiv(width, 2 * PAIRS)
-    features = torch.empty(token_map.shape, dtype=token_map.dtype, device=token_map.device)
+    output = torch.empty(token_map.shape, dtype=token_map.dtype, device=token_map.device)
     means = torch.empty((strips, batch_size, channels), dtype=torch.float32, device=token_map.device)
     with torch.cuda.device_of(token_map):
         _depthwise[triton.cdiv(channels, CHANNELS), strips, batch_size](
-            token_map, weight, features, means, height, width,
+            token_map, weight, output, means, height, width,
             FEATURES=True, C=channels, CHANNELS=CHANNELS, PAIRS=PAIRS, ROWS=ROWS, AHEAD=AHEAD, num_warps=WARPS,
         )  # fmt: skip
-    return features, means.sum(0).to(token_map.dtype)
+    return output, means
+
+
+def forward(token_map: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features `(B, height, width, C)` and their mean `(B, C)`."""
+    output, means = features(token_map, weight)
+    return output, means.sum(0).to(token_map.dtype)
 
 
 def backward(

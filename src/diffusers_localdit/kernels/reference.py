@@ -93,3 +93,10 @@ def depthwise_gelu(token_map, weight):
     features = F.conv2d(token_map.permute(0, 3, 1, 2), weight, padding=1, groups=weight.shape[0])
     features = F.gelu(features).permute(0, 2, 3, 1)
     return features, features.mean(dim=(1, 2))
+
+
+def query_stage(token_map, depthwise, squeeze, excite, pointwise):
+    """See `ops.query_stage_`; returns the map."""
+    features, mean = depthwise_gelu(token_map, depthwise)
+    gate = torch.sigmoid(F.linear(F.gelu(F.linear(mean, squeeze)), excite))
+    return token_map + F.linear(features * gate[:, None, None], pointwise)
