@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from diffusers_localdit.transformer_localdit import (
     cached_token_map_geometry,
     gelu_tanh_,
     is_plain,
+    query_parts,
     rotary_table,
 )
 
@@ -314,6 +316,43 @@ def test_training_in_half_precision_follows_float32(with_mask):
         sample.float().square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert 1e-4 < relative_error(*gradients) < 3e-2
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_queries_in_parts_change_nothing(model, with_mask, monkeypatch):
+    inputs = random_inputs(16, 24)
+    if not with_mask:
+        del inputs["encoder_attention_mask"]
+
+    def results() -> list[torch.Tensor]:
+        model.zero_grad()
+        sample = model(**inputs).sample
+        sample.square().mean().backward()
+        return [sample.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    expected, shapes, attention = results(), [], transformer_localdit.attention
+
+    def watch(processor, query, *rest):
+        shapes.append(query.shape)
+        return attention(processor, query, *rest)
+
+    monkeypatch.setattr(transformer_localdit, "query_parts", lambda processor, query: 4)
+    monkeypatch.setattr(transformer_localdit, "attention", watch)
+    least = 0.1 * max(gradient.norm() for gradient in expected[1:])  # that of a key's bias is zero but for rounding
+    for x, y in zip(results(), expected, strict=True):
+        assert (x - y).norm() < 1e-5 * max(y.norm(), least)
+    assert shapes.count((8, 24, 2, 12)) == len(model.transformer_blocks)
+
+
+def test_queries_are_cut_in_training_on_a_gpu_alone():
+    processor = SimpleNamespace(_parallel_config=None)
+    query, odd = (SimpleNamespace(is_cuda=True, shape=(2, length, 16, 72)) for length in (4096, 4095))
+    assert query_parts(processor, query) == 8
+    assert query_parts(processor, odd) == 1
+    assert query_parts(processor, torch.zeros(2, 4096, 1, 1)) == 1
+    assert query_parts(SimpleNamespace(_parallel_config="ring"), query) == 1
+    with torch.no_grad():
+        assert query_parts(processor, query) == 1
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ QK_NORM_EPS = 1e-10
 LAYER_NORM_EPS = 1e-6
 # Larger inputs are worked on in slabs of so many numbers on a CPU, so that what is made of one stays in its cache.
 SLAB_NUMBERS = 1024 * 1152
+QUERY_PARTS = 8
 
 
 class WindowGeometry(NamedTuple):
@@ -400,6 +401,31 @@ def attention(
     )
 
 
+def query_parts(processor: Any, query: torch.Tensor) -> int:
+    """
+    Into how many samples to cut the `(B, L, heads, head_dim)` queries of one. In training on a GPU, because kernels of
+    a backward pass share their work by sample, head and block of keys, and a text is two blocks: without parts most
+    of the GPU would wait while a few programs go through all queries.
+    """
+    shared = processor._parallel_config is not None  # between devices
+    cut = torch.is_grad_enabled() and query.is_cuda and not shared and query.shape[1] % QUERY_PARTS == 0
+    return QUERY_PARTS if cut else 1
+
+
+def text_attention(
+    processor: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`attention` of many queries to few keys, with a bias `(B or 1, 1, 1, T)` or `None`."""
+    parts = query_parts(processor, query)
+    if parts == 1:
+        return attention(processor, query, key, value, bias)
+    if bias is not None:
+        bias = bias.expand(key.shape[0], -1, -1, -1).repeat_interleave(parts, dim=0)
+    key, value = key.repeat_interleave(parts, dim=0), value.repeat_interleave(parts, dim=0)
+    query = query.unflatten(1, (parts, -1)).flatten(0, 1)  # (B*parts, L/parts, heads, head_dim)
+    return attention(processor, query, key, value, bias).unflatten(0, (-1, parts)).flatten(1, 2)
+
+
 class LocalDiTWindowAttnProcessor:
     r"""
     Shifted-window attention with an optional global-context branch, through `scaled_dot_product_attention` (or the
@@ -486,7 +512,7 @@ class LocalDiTCrossAttnProcessor:
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
-            output = attention(self, query, key, value, attention_mask)
+            output = text_attention(self, query, key, value, attention_mask)
             return attn.to_out[0](output.flatten(2))
 
         return slab_by_slab(attend, hidden_states)
@@ -751,8 +777,9 @@ class LocalDiTPatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
-        # Contiguous, or every residual sum of the blocks would keep the convolution's order of memory, channels first.
-        tokens = self.proj(latent).flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
+        # Channels last, for what the convolution gives then are tokens one after the other.
+        patches = self.proj(latent.contiguous(memory_format=torch.channels_last))
+        tokens = patches.flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         return (tokens + pos_embed).to(tokens.dtype)
 
 
