@@ -1,6 +1,7 @@
 """
 A picture from end to end: seconds of each stage (text, denoising, decoding) and the memory that it takes; or, with
-`--caches`, what diffusers' caches save, at equal distance from the picture that is made without.
+`--caches`, what diffusers' caches save, at equal distance from the picture that is made without; or, with
+`--step-cache`, what is saved by computing once per call what all steps share.
 
 The pipeline is loaded as `localdit generate` loads it. `full_size.py` writes one of the full size. Memory is the
 largest resident set of this process in each stage, pages of mapped files included. The last line is JSON.
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import DiffusionPipeline
@@ -215,6 +217,29 @@ def measure_caches(args: argparse.Namespace) -> dict[str, Any]:
     return {"caches": rows}
 
 
+# What all steps share
+
+
+def measure_step_cache(args: argparse.Namespace) -> dict[str, Any]:
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    pipe = open_pipeline(args)
+
+    def denoise() -> float:
+        stages = Stages(clock)
+        draw_in_stages(pipe, args, stages)
+        return stages.seconds["denoising"][0]
+
+    denoise()
+    ratios = []
+    for _ in range(args.runs):
+        with patch.object(pipe.transformer, "make_step_cache", return_value=None):
+            without = denoise()
+        ratios.append(without / denoise())
+    spread = f"({min(ratios):.3f} to {max(ratios):.3f})"
+    print(f"denoising {statistics.median(ratios):.3f} times as fast {spread} with the step cache")
+    return {"step_cache_times": ratios}
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -231,10 +256,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--cpu-time", action="store_true", help="seconds of the processor, for a busy machine")
     parser.add_argument("--caches", action="store_true", help="compare caches")
+    parser.add_argument("--step-cache", action="store_true", help="compare with and without it")
     parser.add_argument("--least-psnr", type=float, default=30.0, help="of the pictures made with a cache")
     args = parser.parse_args()
 
-    report = measure_caches(args) if args.caches else measure_stages(args)
+    measure = measure_caches if args.caches else measure_step_cache if args.step_cache else measure_stages
+    report = measure(args)
     print(json.dumps(vars(args) | {"threads": torch.get_num_threads()} | report))
 
 

@@ -334,24 +334,31 @@ def markdown(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Times PixArt, a group of bars for each size, batch and mode."""
+    """Times PixArt: a panel for each mode, a group of bars for each size and batch, of rows for the same the last."""
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys((row["height"], row["width"], row["batch_size"], row["mode"]) for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    axes = (figure := Figure(figsize=(max(6, 2.2 * len(groups)), 4), layout="constrained")).subplots()
-    for i, model in enumerate(models):
-        bars = [
-            (groups.index((row["height"], row["width"], row["batch_size"], row["mode"])), row.get("times_pixart", 1.0))
-            for row in rows
-            if row["model"] == model
-        ]
-        places = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models) for place, _ in bars]
-        labels = axes.bar(places, [height for _, height in bars], 0.8 / len(models), label=model)
-        axes.bar_label(labels, fmt="{:.2f}", fontsize=7)
-    axes.set_xticks(range(len(groups)), [f"{h} x {w}\nbatch {b}, {mode}" for h, w, b, mode in groups])
-    axes.set_ylabel(f"times as fast as {BASELINE}")
-    axes.legend(fontsize=8)
+    def group(row: dict) -> tuple[int, int, int, int]:
+        return row["height"] * row["width"], row["height"], row["width"], row["batch_size"]
+
+    models, modes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "mode"))
+    groups = {mode: sorted({group(row) for row in rows if row["mode"] == mode}) for mode in modes}
+    width = max(6, 1.8 * max(map(len, groups.values())))
+    figure = Figure(figsize=(width, 3.4 * len(modes)), layout="constrained")
+    for mode, axes in zip(modes, figure.subplots(len(modes), squeeze=False)[:, 0]):
+        for i, model in enumerate(models):
+            bars = {
+                groups[mode].index(group(row)): row.get("times_pixart", 1.0)
+                for row in rows
+                if (row["model"], row["mode"]) == (model, mode)
+            }
+            places = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models) for place in bars]
+            labels = axes.bar(places, list(bars.values()), 0.8 / len(models), label=model)
+            axes.bar_label(labels, fmt="{:.2f}", fontsize=7)
+        axes.set_xticks(range(len(groups[mode])), [f"{h} x {w}\nbatch {b}" for _, h, w, b in groups[mode]])
+        axes.set_title("forward pass" if mode == "forward" else "training step")
+        axes.set_ylabel(f"times as fast as {BASELINE}")
+        axes.margins(y=0.1)
+        axes.legend(fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
 
 
