@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformer_inputs import random_inputs, relative_error, tiny_transformer
 
+from diffusers_localdit import transformer_localdit
+
 # Height, width and text tokens: square and not, windows that fit and not, one of the sizes turned round.
 SIZES = [(16, 16, 7), (16, 24, 7), (24, 16, 7), (20, 12, 9), (32, 32, 12), (18, 26, 5), (40, 16, 7)]
 
@@ -48,3 +50,23 @@ def test_whole_model_is_one_graph():
         model = tiny_transformer()
         assert_close_to_eager(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True))
     assert graphs() == 1
+
+
+def test_queries_in_parts_take_one_more_graph(monkeypatch):
+    """In training on a GPU: a graph for numbers of tokens that can be cut in eight, and one for others."""
+    monkeypatch.setattr(
+        transformer_localdit, "query_parts", lambda processor, query: 8 if query.shape[1] % 8 == 0 else 1
+    )
+    torch._dynamo.utils.counters.clear()
+    model, eager = tiny_transformer(num_layers=1), tiny_transformer(num_layers=1)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width in ((16, 16), (24, 16), (18, 26)):
+        inputs = random_inputs(height, width)
+        for transformer in (model, eager):
+            transformer.zero_grad()
+            transformer(**inputs).sample.square().mean().backward()
+        gradients = [[x.grad for x in transformer.parameters()] for transformer in (model, eager)]
+        least = 0.1 * max(x.norm() for x in gradients[1])
+        for actual, expected in zip(*gradients, strict=True):
+            assert (actual - expected).norm() < 1e-5 * max(expected.norm(), least)
+    assert graphs() == 2
