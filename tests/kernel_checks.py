@@ -234,7 +234,23 @@ def test_depthwise_gelu(height, width, channels, batch_size, dtype):
     weight_dtype=st.sampled_from([None, torch.float32]),  # autocast leaves weights in float32
 )
 @settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
-def test_query_stage_without_gradients(height, width, channels, hidden, batch_size, dtype, weight_dtype):
+def test_query_stage_without_gradients(**arguments):
+    check_query_stage(**arguments)
+
+
+@pytest.mark.parametrize(
+    "height, width, channels, hidden, batch_size, dtype",
+    [
+        pytest.param(3, 3, 300, 288, 2, torch.float32, id="blocks-of-channels-and-units"),
+        pytest.param(9, 5, 70, 140, 2, torch.bfloat16, id="strips"),
+        pytest.param(72, 72, 6, 4, 2, torch.float32, id="blocks-of-strips"),
+    ],
+)
+def test_query_stage_of_shape(height, width, channels, hidden, batch_size, dtype):
+    check_query_stage(height, width, channels, hidden, batch_size, dtype)
+
+
+def check_query_stage(height, width, channels, hidden, batch_size, dtype, weight_dtype=None):
     shapes = [(channels, 1, 3, 3), (hidden, channels), (channels, hidden), (channels, channels)]
     weights = [random_tensor(i, *shape) / shape[1] ** 0.5 for i, shape in enumerate(shapes)]
     weights = [weights[0].to(dtype), *(x.to(weight_dtype or dtype) for x in weights[1:])]
@@ -352,15 +368,28 @@ def test_cuda_kernels_under_autocast(cuda_launches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("adapted", [None, "squeeze", "excite", "pointwise"])
-def test_a_query_stage_heeds_adapters_without_gradients(adapted):
+@pytest.mark.parametrize("adapted", [None, "depthwise", "squeeze", "excite", "pointwise"])
+def test_a_query_stage_heeds_adapters_without_gradients(adapted, monkeypatch):
     torch.manual_seed(0)
     stage, query_map = GlobalContextQueryStage(8).to(DEVICE), random_tensor(1, 2, 4, 3, 8)
     if adapted is not None:
-        linear = getattr(stage, adapted)
-        linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
+        module = getattr(stage, adapted)
+        module.forward = lambda x, forward=module.forward: 2 * forward(x)
+    whole_stages, query_stage_ = [], ops.query_stage_
+    monkeypatch.setattr(ops, "query_stage_", lambda *tensors: whole_stages.append(query_stage_(*tensors)))
     expected = stage([query_map])[0]
     assert relative_error(LocalDiTTritonAttnProcessor()._query_stage(stage, query_map.clone()), expected) < 1e-6
+    assert len(whole_stages) == (adapted is None)
+    with torch.enable_grad():
+        LocalDiTTritonAttnProcessor()._query_stage(stage, query_map.clone())
+    assert len(whole_stages) == (adapted is None)
+
+
+@torch.no_grad()
+def test_a_map_with_gaps_is_no_place_for_a_query_stage():
+    weights = [random_tensor(i, *shape) for i, shape in enumerate([(8, 1, 3, 3), (2, 8), (8, 2), (8, 8)])]
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        ops.query_stage_(random_tensor(5, 2, 4, 6, 8)[:, :, :5], *weights)
 
 
 def load_golden(name: str):

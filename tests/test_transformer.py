@@ -318,11 +318,14 @@ def test_training_in_half_precision_follows_float32(with_mask):
     assert 1e-4 < relative_error(*gradients) < 3e-2
 
 
-@pytest.mark.parametrize("with_mask", [True, False])
-def test_queries_in_parts_change_nothing(model, with_mask, monkeypatch):
+@pytest.mark.parametrize("texts", ["masked", "whole", "one-for-all"])
+def test_queries_in_parts_change_nothing(model, texts, monkeypatch):
     inputs = random_inputs(16, 24)
-    if not with_mask:
+    if texts == "whole":
         del inputs["encoder_attention_mask"]
+    if texts == "one-for-all":
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            inputs[name] = inputs[name][1:]
 
     def results() -> list[torch.Tensor]:
         model.zero_grad()
@@ -344,15 +347,21 @@ def test_queries_in_parts_change_nothing(model, with_mask, monkeypatch):
     assert shapes.count((8, 24, 2, 12)) == len(model.transformer_blocks)
 
 
-def test_queries_are_cut_in_training_on_a_gpu_alone():
-    processor = SimpleNamespace(_parallel_config=None)
-    query, odd = (SimpleNamespace(is_cuda=True, shape=(2, length, 16, 72)) for length in (4096, 4095))
-    assert query_parts(processor, query) == 8
-    assert query_parts(processor, odd) == 1
-    assert query_parts(processor, torch.zeros(2, 4096, 1, 1)) == 1
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({}, 8),
+        ({"is_cuda": False}, 1),
+        ({"requires_grad": False}, 1),
+        ({"shape": (2, 4095, 16, 72)}, 1),
+        ({"shape": (2, 1016, 16, 72)}, 1),
+        ({"shape": (16, 4096, 16, 72)}, 1),  # enough programs without
+    ],
+)
+def test_queries_are_cut_in_training_where_a_gpu_would_be_idle(changes, parts):
+    query = SimpleNamespace(**{"is_cuda": True, "requires_grad": True, "shape": (2, 4096, 16, 72), **changes})
+    assert query_parts(SimpleNamespace(_parallel_config=None), query) == parts
     assert query_parts(SimpleNamespace(_parallel_config="ring"), query) == 1
-    with torch.no_grad():
-        assert query_parts(processor, query) == 1
 
 
 @torch.no_grad()

@@ -403,25 +403,30 @@ def attention(
 
 def query_parts(processor: Any, query: torch.Tensor) -> int:
     """
-    Into how many samples to cut the `(B, L, heads, head_dim)` queries of one. In training on a GPU, because kernels of
-    a backward pass share their work by sample, head and block of keys, and a text is two blocks: without parts most
-    of the GPU would wait while a few programs go through all queries.
+    Into how many samples to cut the `(B, L, heads, head_dim)` queries of one. The backward kernels of GPUs start a
+    program for each sample, head and block of keys, 64 in cuDNN's: for a text that is two for each head, which go
+    through all queries while most of the GPU has nothing to do.
     """
-    shared = processor._parallel_config is not None  # between devices
-    cut = torch.is_grad_enabled() and query.is_cuda and not shared and query.shape[1] % QUERY_PARTS == 0
-    return QUERY_PARTS if cut else 1
+    batch_size, length, heads, _ = query.shape
+    trained = query.is_cuda and query.requires_grad and processor._parallel_config is None
+    idle = trained and batch_size * heads <= 128 and length >= 128 * QUERY_PARTS
+    return QUERY_PARTS if idle and length % QUERY_PARTS == 0 else 1
 
 
 def text_attention(
     processor: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`attention` of many queries to few keys, with a bias `(B or 1, 1, 1, T)` or `None`."""
+    """
+    `attention` of many queries to few keys. Keys, values and the bias `(B, 1, 1, T)`, if there is one, may be of one
+    sample for all.
+    """
     parts = query_parts(processor, query)
     if parts == 1:
         return attention(processor, query, key, value, bias)
-    if bias is not None:
-        bias = bias.expand(key.shape[0], -1, -1, -1).repeat_interleave(parts, dim=0)
-    key, value = key.repeat_interleave(parts, dim=0), value.repeat_interleave(parts, dim=0)
+    key, value, bias = (
+        x if x is None else x.expand(query.shape[0], -1, -1, -1).repeat_interleave(parts, dim=0)
+        for x in (key, value, bias)
+    )
     query = query.unflatten(1, (parts, -1)).flatten(0, 1)  # (B*parts, L/parts, heads, head_dim)
     return attention(processor, query, key, value, bias).unflatten(0, (-1, parts)).flatten(1, 2)
 
@@ -777,7 +782,7 @@ class LocalDiTPatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
-        # Channels last, for what the convolution gives then are tokens one after the other.
+        # With channels last in memory the result lies as (B, L, C) already: there is nothing to copy.
         patches = self.proj(latent.contiguous(memory_format=torch.channels_last))
         tokens = patches.flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         return (tokens + pos_embed).to(tokens.dtype)

@@ -240,14 +240,15 @@ depthwise_gelu.register_autograd(_stage_backward, setup_context=_save_stage)
 @torch.library.custom_op("diffusers_localdit::query_stage_", mutates_args=("token_map",))
 def query_stage_(token_map: Tensor, depthwise: Tensor, squeeze: Tensor, excite: Tensor, pointwise: Tensor) -> None:
     r"""
-    A whole query stage of the context branch, written over its map; without gradients.
+    A whole query stage of the context branch, written over its map. Gradients do not pass through it.
 
     Args:
-        token_map (`torch.Tensor` of shape `(B, Hp, Wp, C)`): Rolled, padded map, contiguous.
+        token_map (`torch.Tensor` of shape `(B, Hp, Wp, C)`): Rolled, padded map, whose places follow each other.
         depthwise, squeeze, excite, pointwise (`torch.Tensor`):
             Weights of shapes `(C, 1, 3, 3)`, `(hidden, C)`, `(C, hidden)` and `(C, C)`.
     """
     features, means = query_stage.features(token_map, depthwise)
     # map + W (gate * features), with the gate in W, which is smaller where maps are large.
     weight = query_gate.gated_weight(means, squeeze, excite, pointwise, token_map.dtype)  # (B, C, C)
-    token_map.flatten(1, 2).baddbmm_(features.flatten(1, 2), weight.transpose(1, 2))
+    rows = token_map.view(token_map.shape[0], -1, token_map.shape[3])  # no copy, or nobody would see the result
+    rows.baddbmm_(features.flatten(1, 2), weight.transpose(1, 2))

@@ -13,6 +13,7 @@ from ..transformer_localdit import (
     LocalDiTWindowAttnProcessor,
     WindowGeometry,
     is_plain,
+    is_untouched,
 )
 
 WINDOW_SIZES = range(2, 17)
@@ -136,6 +137,8 @@ class LocalDiTTritonAttnProcessor:
         return attn.to_out[0](output)
 
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
+        if type(stage.depthwise) is not torch.nn.Conv2d or not is_untouched(stage.depthwise):
+            return stage([query_map])[0]
         depthwise = stage.depthwise.weight.to(query_map.dtype)
         linears = (stage.squeeze, stage.excite, stage.pointwise)
         if not torch.is_grad_enabled() and all(is_plain(linear, query_map) for linear in linears):

@@ -3,7 +3,7 @@
 Triton kernels for the gate of a query stage where no gradients are wanted: squeeze and excitation of the features'
 mean and its product with the pointwise weights in two small passes, for which PyTorch launches six.
 
-Both multiply a vector with a matrix that many programs share the work of; all sums are in float32, in a fixed order.
+Both multiply a matrix by a vector, of which each program does a part; all sums are in float32, in a fixed order.
 """
 
 import torch
