@@ -334,7 +334,10 @@ def markdown(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Times PixArt: a panel for each mode, a group of bars for each size and batch, of rows for the same the last."""
+    """
+    Times PixArt: a panel for each mode, a group of bars for each size and batch. If a case occurs twice, its last row
+    counts.
+    """
     from matplotlib.figure import Figure
 
     def group(row: dict) -> tuple[int, int, int, int]:
