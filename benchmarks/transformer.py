@@ -6,6 +6,7 @@ All models of a table take turns in one process, and so do their matrix products
 implementation. A model that does not give the numbers of the plain computation is not timed and its table not printed.
 A full run takes hours on a CPU: choose models and sizes, or `--layers`: models of so few layers are run (each layer
 costs the same) and their times multiplied to the full depth, 18 for LocalDiT, 28 or 18 for PixArt.
+The weights of models named `packed-...` are laid out for the CPU (`pack_linears`), and so are those of their floor.
 With `--cuda-graph` every step, the products too, is a CUDA graph whose replay is timed: the time of the GPU alone,
 without that of the CPU's launches. Peak memory and parity are those of the step itself.
 The last line is JSON.
@@ -28,13 +29,14 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.packed_linear import TOKENS, PackedLinear, pack_linears, why_not_packed
 from diffusers_localdit.training.models import compile_blocks
 
 LOCALDIT_LAYERS = 18
-PIXART_LAYERS = {"pixart-28": 28, "pixart-18": 18}
+PIXART_LAYERS = {"pixart-28": 28, "pixart-18": 18, "packed-pixart-28": 28}
 MODELS = [
     *PIXART_LAYERS,
-    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "triton") for branch in ("global", "folded")),
+    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "packed", "triton") for branch in ("global", "folded")),
 ]
 BASELINE = "pixart-28"
 TEXT_TOKENS = 120
@@ -54,8 +56,13 @@ def full_depth(name: str) -> int:
 
 
 def architecture(name: str) -> str:
-    """What decides the matrix products: "pixart-28", "pixart-18", "global" or "folded"."""
-    return name if name in PIXART_LAYERS else name.split("-")[1]
+    """What decides the matrix products: "pixart-28", "pixart-18", "global", "folded", or one of them "packed-"."""
+    return name if name in PIXART_LAYERS or name.startswith("packed") else name.split("-")[1]
+
+
+def plain_model(name: str) -> str:
+    """The plain computation of what a LocalDiT computes."""
+    return f"plain-{name.split('-')[1]}"
 
 
 def make_inputs(height: int, width: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> dict:
@@ -83,7 +90,7 @@ def make_model(name: str, layers: int | None, device: torch.device, dtype: torch
     torch.manual_seed(0)
     num_layers = layers or full_depth(name)
     with device:  # a GPU makes the weights in a fraction of the time
-        if name in PIXART_LAYERS:
+        if "pixart" in name:
             model = PixArtTransformer2DModel(num_layers=num_layers, sample_size=128, caption_channels=4096)
         else:
             model = LocalDiTTransformer2DModel(num_layers=num_layers, use_global_context=name.endswith("global"))
@@ -91,6 +98,8 @@ def make_model(name: str, layers: int | None, device: torch.device, dtype: torch
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     model = model.to(device, dtype).eval()
+    if name.startswith("packed"):
+        pack_linears(model)
     if name.startswith("triton"):
         from diffusers_localdit.kernels import install_triton_kernels  # needs the extra `triton`
 
@@ -156,15 +165,15 @@ class CapturedStep:
 def record_products(model: nn.Module, inputs: dict) -> Callable[[bool], None]:
     """
     The matrix products of a model's linears, at the shapes that they have for `inputs`, and nothing else: no bias, no
-    allocation. In training also those of the gradients.
+    allocation (but for packed weights). In training also those of the gradients.
     """
-    linears: list[tuple[torch.Tensor, int]] = []  # weight, number of rows
+    linears: list[tuple[nn.Module, int]] = []  # and the number of rows
     # Recorded where nothing is computed and every linear is called: kernels and fused steps use weights on their own.
     with torch.device("meta"):
         shadow = type(model).from_config(model.config).to(model.dtype)
 
     def record(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        linears.append((model.get_submodule(name).weight.detach(), output[..., 0].numel()))
+        linears.append((model.get_submodule(name), output[..., 0].numel()))
 
     for name, module in shadow.named_modules():
         if isinstance(module, nn.Linear):
@@ -174,11 +183,17 @@ def record_products(model: nn.Module, inputs: dict) -> Callable[[bool], None]:
 
     @functools.cache
     def buffer(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=linears[0][0].dtype, device=linears[0][0].device)
+        return torch.randn(shape, dtype=model.dtype, device=model.device)
 
     @torch.no_grad()
     def run(training: bool) -> None:
-        for weight, rows in linears:
+        for linear, rows in linears:
+            if isinstance(linear, PackedLinear):
+                # It has no result to write to; slab by slab at least none is new to the process.
+                for slab in buffer(rows, linear.in_features).split(TOKENS):
+                    linear(slab)
+                continue
+            weight = linear.weight.detach()
             tokens, output = buffer(rows, weight.shape[1]), buffer(rows, weight.shape[0])
             torch.mm(tokens, weight.T, out=buffer(rows, weight.shape[0], 1)[..., 0])
             if training:
@@ -194,8 +209,11 @@ def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> 
     return (difference / sum(b.double().square().sum().item() for b in expected)) ** 0.5
 
 
-def check_parity(name: str, model: nn.Module, inputs: dict, training: bool) -> float:
-    """The error against the plain computation: of the output, and in training of all gradients too."""
+def check_parity(name: str, model: nn.Module, reference: nn.Module, inputs: dict, training: bool) -> float:
+    """
+    The error against the plain computation on the weights of `reference`: of the output, and in training, where both
+    are one model, of all gradients too.
+    """
 
     def numbers(forward: Callable[[], torch.Tensor]) -> list[list[torch.Tensor]]:
         if not training:
@@ -206,7 +224,7 @@ def check_parity(name: str, model: nn.Module, inputs: dict, training: bool) -> f
         output.float().square().mean().backward()
         return [[output.detach()], [parameter.grad for parameter in model.parameters()]]
 
-    expected, actual = (numbers(runner(kind, model, inputs)) for kind in ("plain", name))
+    expected, actual = numbers(runner("plain", reference, inputs)), numbers(runner(name, model, inputs))
     model.zero_grad(set_to_none=True)
     error = max(relative_error(ours, plain) for ours, plain in zip(actual, expected))
     tolerance = TOLERANCE[inputs["hidden_states"].dtype]
@@ -261,7 +279,11 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
         model = make_model(name, args.layers, args.device, args.dtype)
         if args.compile:
             compile_model(model, len(args.sizes) * len(args.batches))
-        error = None if name in PIXART_LAYERS else check_parity(name, model, inputs, training)
+        error = None
+        if name not in PIXART_LAYERS:
+            weights = plain_model(name) if name.startswith("packed") else name
+            reference = make_model(weights, args.layers, args.device, args.dtype)
+            error = check_parity(name, model, reference, inputs, training)
         forward = runner(name, model, inputs)
         step = (
             functools.partial(training_step, model, forward) if training else functools.partial(forward_step, forward)
@@ -298,7 +320,7 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
         row |= {"seconds": own, "median": statistics.median(own)}
         for ratio, other in (
             ("times_pixart", BASELINE),
-            ("times_plain", row["model"].replace("localdit", "plain")),
+            ("times_plain", plain_model(row["model"])),
             ("share_of_floor", f"{architecture(row['model'])} products"),
         ):
             if other in seconds and other != row["model"]:
@@ -411,6 +433,11 @@ def parse_args() -> argparse.Namespace:
     on_gpu = args.device.type == "cuda"
     if args.cuda_graph and not on_gpu:
         parser.error(f"--cuda-graph needs a CUDA device, not {str(args.device)!r}")
+    if any(name.startswith("packed") for name in args.models):
+        if reason := why_not_packed(args.device, args.dtype):
+            parser.error(reason)
+        if "training" in args.modes or args.compile:
+            parser.error("packed weights are for inference, as they are: give --modes forward, and no --compile")
     args.runs = args.runs or (20 if on_gpu else 5)
     if args.cpu_time:
         torch.set_num_threads(1)

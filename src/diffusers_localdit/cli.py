@@ -21,6 +21,7 @@ from .checkpoint_io import one_line, written_whole
 from .demo.examples import examples_of
 from .key_mapping import DTYPES
 from .model_info import BUNDLED_NAME, describe, locate
+from .packed_linear import pack_linears, why_not_packed
 from .pipeline_localdit import LocalDiTPipeline
 from .pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
 from .png_settings import picture_digest, read_settings, settings_chunks
@@ -358,6 +359,8 @@ def load_pipeline(
 
     if int8:
         quantize_int8(pipe.transformer)
+    elif why_not_packed(device, options["dtype"]) is None:
+        pack_linears(pipe.transformer)
     if tile := settings.get("vae_tile"):
         if tile % (4 * pipe.vae_scale_factor) != 0:  # a quarter of a tile overlaps the next one
             raise ValueError(f"--vae-tile {tile} is not a multiple of {4 * pipe.vae_scale_factor}")

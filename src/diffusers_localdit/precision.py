@@ -8,11 +8,11 @@ same sums.
 """
 
 import platform
-from typing import Any
 
 import torch
 from torch import nn
 
+from .packed_linear import FrozenLinear, PackedLinear, replace_linears
 from .transformer_localdit import LocalDiTTransformer2DModel
 
 WEIGHT_LIMIT = 64  # a power of two: weights that were rounded are rounded to themselves again
@@ -78,27 +78,15 @@ def quantize_int8(transformer: LocalDiTTransformer2DModel) -> LocalDiTTransforme
     """
     if reason := why_not_int8(transformer.device):
         raise ValueError(reason)
-    if getattr(transformer, "peft_config", None):
-        raise ValueError("LoRA layers cannot be quantized; call `fuse_lora()` and `unload_lora_weights()` first")
-    for module in list(transformer.transformer_blocks.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, Int8Linear(child))
+    replace_linears(transformer, [nn.Linear, PackedLinear], Int8Linear)
     return transformer
 
 
-class Int8Linear(nn.Module):
-    r"""
-    A linear layer in int8.
+class Int8Linear(FrozenLinear):
+    r"""A linear layer in int8."""
 
-    Args:
-        linear (`torch.nn.Linear`): The layer in whose place it computes.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_dtype = linear.weight.dtype
+    def __init__(self, linear: nn.Linear | PackedLinear):
+        super().__init__(linear)
         weight = linear.weight.detach().float()  # (out, in)
         scale = (weight.abs().amax(dim=1, keepdim=True) / WEIGHT_LIMIT).clamp_min_(TINY)
         rounded = (weight / scale).round_().to(torch.int8)
@@ -106,7 +94,6 @@ class Int8Linear(nn.Module):
         self.packed_weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.weight_scale = scale.flatten()
         self.weight_zero_point = torch.zeros(self.out_features, dtype=torch.long)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -115,8 +102,7 @@ class Int8Linear(nn.Module):
         return weight.to(self.weight_dtype).contiguous()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu" or hidden_states.requires_grad:
-            raise ValueError("A transformer in int8 computes on the CPU and without gradients.")
+        self.check(hidden_states)
         tokens = hidden_states.reshape(-1, self.in_features).float()
         scale = (tokens.abs().amax(dim=1, keepdim=True) / TOKEN_LIMIT).clamp_min_(TINY)  # (tokens, 1)
         product = torch.ops.onednn.qlinear_pointwise(
@@ -136,10 +122,3 @@ class Int8Linear(nn.Module):
         )
         output = product * scale if self.bias is None else torch.addcmul(self.bias.float(), product, scale)
         return output.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
