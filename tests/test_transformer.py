@@ -26,6 +26,7 @@ from diffusers_localdit.transformer_localdit import (
     is_plain,
     query_parts,
     rotary_table,
+    without_padding,
 )
 
 
@@ -419,6 +420,37 @@ def test_step_cache_embeds_text_and_sizes_once(model):
             assert len(calls) == (len(once) if seed == 0 else 0)
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "masked"),
+    [
+        ([[1, 1, 0, 0, 0]], 2, False),
+        ([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], 3, True),
+        ([[0, 1, 0, 1, 0]], 4, True),
+        ([[1, 0.5, 0, 0, 0]], 2, True),
+        ([[1, 1, 1, 1, 1]], 5, False),
+        ([[0, 0, 0, 0, 0]], 5, True),
+        ([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], 5, True),  # the first attends to all five alike
+        (None, 5, False),
+    ],
+)
+@torch.no_grad()
+def test_padding_of_the_text_costs_nothing_and_changes_nothing(model, mask, length, masked, monkeypatch):
+    inputs = random_inputs(batch_size=1 if mask is None else len(mask), text_tokens=5)
+    inputs["encoder_attention_mask"] = mask = None if mask is None else torch.tensor(mask, dtype=torch.float32)
+    kept, kept_mask = without_padding(inputs["encoder_hidden_states"], mask)
+    assert kept.equal(inputs["encoder_hidden_states"][:, :length])
+    assert kept_mask.equal(mask[:, :length]) if masked else kept_mask is None
+
+    lengths = []
+    handle = model.caption_projection.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    output = model(**inputs).sample
+    monkeypatch.setattr(transformer_localdit, "without_padding", lambda *arguments: arguments)
+    expected = model(**inputs).sample
+    handle.remove()
+    assert lengths == [length, 5]
+    assert relative_error(output, expected) < 1e-6
 
 
 def test_one_row_of_sizes_does_for_a_batch_and_the_step_cache_for_half_of_it(model):

@@ -313,6 +313,21 @@ def scatter_windows(parts: list[WindowGeometry], windows: Iterator[torch.Tensor]
     return tokens
 
 
+def without_padding(
+    text: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Text `(B, T, channels)` and its mask `(B, T)`, 0 for tokens to leave out, without the tokens after the last one
+    that any sample attends to, and without the mask if it then leaves out none. Masked tokens have a weight of exactly
+    zero in attention, unless a sample has no others: then all stays as it is.
+    """
+    if attention_mask is None or not attention_mask.any(dim=1).all():
+        return text, attention_mask
+    length = int(attention_mask.any(dim=0).nonzero().max()) + 1
+    text, attention_mask = text[:, :length], attention_mask[:, :length]
+    return text, None if (attention_mask == 1).all() else attention_mask
+
+
 class LocalDiTStepCache:
     r"""
     Keeps what forward passes compute from text and picture size alone (projected text, keys and values of
@@ -1020,6 +1035,10 @@ class LocalDiTTransformer2DModel(
             step_cache = None
 
         # 1. Input
+        if works_in_slabs(hidden_states) and not self._has_compiled_blocks:  # a GPU would have to be waited for
+            encoder_hidden_states, encoder_attention_mask = without_padding(
+                encoder_hidden_states, encoder_attention_mask
+            )
         hidden_states = self.pos_embed(hidden_states, geometry.pos_embed)  # (B, L, C)
         modulation, embedded_timestep = self._embed_timestep(
             timestep, added_cond_kwargs, hidden_states.dtype, step_cache
