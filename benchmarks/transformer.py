@@ -375,25 +375,27 @@ def plot(rows: list[dict], path: Path) -> None:
     def group(row: dict) -> tuple[int, int, int, int]:
         return row["height"] * row["width"], row["height"], row["width"], row["batch_size"]
 
-    models, modes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("model", "mode"))
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    models = {mode: list(dict.fromkeys(row["model"] for row in rows if row["mode"] == mode)) for mode in modes}
     groups = {mode: sorted({group(row) for row in rows if row["mode"] == mode}) for mode in modes}
-    width = max(6, 1.8 * max(map(len, groups.values())))
+    width = max(6, *(0.3 * len(models[mode]) * len(groups[mode]) for mode in modes))
     figure = Figure(figsize=(width, 3.4 * len(modes)), layout="constrained")
     for mode, axes in zip(modes, figure.subplots(len(modes), squeeze=False)[:, 0]):
-        for i, model in enumerate(models):
+        for i, model in enumerate(models[mode]):
             bars = {
                 groups[mode].index(group(row)): row.get("times_pixart", 1.0)
                 for row in rows
                 if (row["model"], row["mode"]) == (model, mode)
             }
-            places = [place + (i - (len(models) - 1) / 2) * 0.8 / len(models) for place in bars]
-            labels = axes.bar(places, list(bars.values()), 0.8 / len(models), label=model)
+            bar_width = 0.9 / len(models[mode])
+            places = [place + (i - (len(models[mode]) - 1) / 2) * bar_width for place in bars]
+            labels = axes.bar(places, list(bars.values()), bar_width, label=model)
             axes.bar_label(labels, fmt="{:.2f}", fontsize=7)
         axes.set_xticks(range(len(groups[mode])), [f"{h} x {w}\nbatch {b}" for _, h, w, b in groups[mode]])
         axes.set_title("forward pass" if mode == "forward" else "training step")
         axes.set_ylabel(f"times as fast as {BASELINE}")
-        axes.margins(y=0.1)
-        axes.legend(fontsize=8, loc="upper left")
+        axes.margins(x=0.01, y=0.25)
+        axes.legend(fontsize=8, loc="upper left", ncols=len(models[mode]))
     figure.savefig(path, dpi=120)
 
 
