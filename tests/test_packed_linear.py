@@ -136,6 +136,15 @@ class TestPackedModel:
         again = [module for module in pack_linears(transformer).modules() if type(module) is PackedLinear]
         assert [*map(id, layers)] == [*map(id, again)]  # nothing left to do
 
+    def test_weights_of_another_kind_stay(self):
+        """As torchao's quantized ones, which are tensors in linear layers of PyTorch."""
+        transformer = load()
+        linear = transformer.transformer_blocks[0].ff.net[2]
+        quantized = linear.weight.detach().as_subclass(type("Quantized", (torch.Tensor,), {}))
+        linear.weight = nn.Parameter(quantized, requires_grad=False)
+        pack_linears(transformer)
+        assert transformer.transformer_blocks[0].ff.net[2] is linear
+
     def test_projections_fused_before_and_after(self):
         transformer, packed = load(), pack_linears(load())
         expected = forward(transformer)

@@ -62,19 +62,22 @@ def pack_linears(transformer: nn.Module) -> nn.Module:
 
 
 def replace_linears(transformer: nn.Module, kinds: list[type], make: Callable[[nn.Module], nn.Module]) -> None:
-    """Puts `make(linear)` in the place of each linear layer in the blocks that is of one of `kinds` exactly."""
+    """
+    Puts `make(linear)` in the place of each linear layer in the blocks that is of one of `kinds` exactly and whose
+    weight is no tensor of somebody's own, as torchao's are.
+    """
     if getattr(transformer, "peft_config", None):
         raise ValueError("LoRA layers are in the way; call `fuse_lora()` and `unload_lora_weights()` first")
     for module in list(transformer.transformer_blocks.modules()):
         for name, child in module.named_children():
-            if type(child) in kinds:
+            if type(child) in kinds and type(child.weight) in (nn.Parameter, torch.Tensor):
                 setattr(module, name, make(child))
 
 
 class FrozenLinear(nn.Module):
     r"""
-    What layers have in common that compute a linear in a way of their own, without gradients and on the CPU. The state
-    dict has the bias and the `weight` that they compute by.
+    What layers have in common that compute a linear in a way of their own, without gradients and on the CPU. Each has
+    a property `weight`, `(out, in)`, of the numbers that it computes by: the state dict has it beside the bias.
 
     Args:
         linear (`torch.nn.Linear`): The layer in whose place it computes.
@@ -85,11 +88,6 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a linear layer has it, `(out, in)`."""
-        raise NotImplementedError
 
     def check(self, hidden_states: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
