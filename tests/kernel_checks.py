@@ -152,6 +152,28 @@ def check_window_attention(
             window_size,
             0.5,
         )
+    assert_same_in_place(
+        [random_tensor(seed, batch_size, length, channels) for seed in (1, 9, 10)],
+        [*(random_tensor(seed, head_dim) for seed in (2, 3)), bias_table],
+        dtype,
+        (*rotary, *indices, window_size, 1e-10, 0.5, with_maps),
+    )
+
+
+@torch.no_grad()
+def assert_same_in_place(tokens, weights, dtype, arguments):
+    """The operators that overwrite their input give to the bit what the others give."""
+    query, key, value, norm_q, norm_k, bias_table = (x.to(dtype) for x in (*tokens, *weights))
+    local = (norm_q, norm_k, bias_table, *arguments)
+    expected = ops.local_window_attention(query, key, value, *local)
+    output = query.clone()
+    actual = output, *ops.local_window_attention_(output, key, value, *local)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+    if arguments[-1]:
+        maps, indices = (*expected[1:], expected[2]), (*arguments[2:5], arguments[6])
+        expected = ops.context_window_attention(*maps, bias_table, output, *indices)
+        ops.context_window_attention_(*maps, bias_table, output, *indices)
+        assert torch.equal(output, expected)
 
 
 @given(
@@ -285,6 +307,9 @@ def test_operators_are_well_formed():
     torch.library.opcheck(ops.depthwise_gelu_backward, (maps[0], maps[0][:, 0, 0], maps[1], convolution))
     squeeze, excite, pointwise = (random_tensor(i, *shape) for i, shape in enumerate([(2, 8), (8, 2), (8, 8)]))
     torch.library.opcheck(ops.query_stage_, (maps[0].clone(), convolution, squeeze, excite, pointwise))
+    norms = (x.detach() for x in weights)
+    torch.library.opcheck(ops.local_window_attention_, (query.clone(), key, query, *norms, *rest))
+    torch.library.opcheck(ops.context_window_attention_, (*maps, table, query.clone(), *indices, 2, 1.0))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="threads on a CPU need no context")
@@ -321,6 +346,8 @@ def assert_equal_with_kernels(module, set_processor, compute, tolerance: float) 
         output = compute()
         (output * random_tensor(9, *output.shape)).sum().backward()
         results.append([output.detach(), *(x.grad for x in module.parameters() if x.grad is not None)])
+        with torch.no_grad():  # where the kernels overwrite what they can
+            assert relative_error(compute(), output) < tolerance
     expected, actual = results
     # Some gradients are zero but for rounding: a bias of the keys shifts all scores of a query alike.
     least = 0.1 * max(x.norm() for x in expected)
@@ -390,6 +417,16 @@ def test_a_map_with_gaps_is_no_place_for_a_query_stage():
     weights = [random_tensor(i, *shape) for i, shape in enumerate([(8, 1, 3, 3), (2, 8), (8, 2), (8, 8)])]
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         ops.query_stage_(random_tensor(5, 2, 4, 6, 8)[:, :, :5], *weights)
+
+
+@torch.no_grad()
+def test_queries_with_gaps_are_not_written_over():
+    geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
+    query, key, value = random_tensor(1, 1, 4, 24).chunk(3, dim=-1)
+    weights = [random_tensor(i, *shape) for i, shape in enumerate([(8,), (8,), (9, 1)])]
+    settings = (None, None, geometry.map_to_token, geometry.token_to_window, 2, 1e-10, 1.0, False)
+    with pytest.raises(ValueError, match="follow each other"):
+        ops.local_window_attention_(query, key, value, *weights, *settings)
 
 
 def load_golden(name: str):

@@ -181,9 +181,14 @@ def test_geometry_of_inference_mode_serves_training(model):
 
 @pytest.mark.parametrize("use_global_context", [True, False])
 @pytest.mark.parametrize("height, width", [(16, 24), (20, 12)])
-def test_slabs_change_nothing(use_global_context, height, width, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_slabs_change_nothing(use_global_context, height, width, device, monkeypatch):
     # 16 tokens at a time, of which each of the two samples has 8, less than a window.
-    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 16 * 24)
+    if device == "cpu":
+        monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 16 * 24)
+    else:
+        monkeypatch.setattr(transformer_localdit, "saves_passes", lambda hidden_states: False)
+        monkeypatch.setattr(transformer_localdit, "GPU_SLAB_NUMBERS", 16 * 24)
     model = tiny_transformer(use_global_context=use_global_context)
     inputs = random_inputs(height, width)
     whole = model(**inputs).sample

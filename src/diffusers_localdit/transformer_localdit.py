@@ -36,8 +36,10 @@ from torch import nn
 MASK_VALUE = -10000.0
 QK_NORM_EPS = 1e-10
 LAYER_NORM_EPS = 1e-6
-# Larger inputs are worked on in slabs of so many numbers on a CPU, so that what is made of one stays in its cache.
+# Larger inputs are worked on in slabs of so many numbers: on a CPU so that what is made of one stays in its cache, on
+# other devices, which want large kernels, so that what is made of all does not have to be there at once.
 SLAB_NUMBERS = 1024 * 1152
+GPU_SLAB_NUMBERS = 8192 * 1152
 QUERY_PARTS = 8
 
 
@@ -214,16 +216,22 @@ cached_token_map_geometry = functools.lru_cache(maxsize=8)(token_map_geometry)
 # Slabs and steps
 
 
-def works_in_slabs(hidden_states: torch.Tensor) -> bool:
-    """Not where gradients are kept, in compiled graphs, and on devices that want large kernels."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and hidden_states.device.type == "cpu"
+def keeps_nothing() -> bool:
+    """Whether no gradients are kept and no graph is compiled, which decides by itself what lies where."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+
+
+def saves_passes(hidden_states: torch.Tensor) -> bool:
+    """Whether to take small steps in place: on a CPU, where every pass over memory counts."""
+    return keeps_nothing() and hidden_states.device.type == "cpu"
 
 
 def slab_size(hidden_states: torch.Tensor) -> int | None:
     """How many tokens of each sample of `(B, L, C)` to work on at a time, or `None` for all at once."""
     batch_size, length, dim = hidden_states.shape
-    size = max(SLAB_NUMBERS // (batch_size * dim), 1)
-    return size if size < length and works_in_slabs(hidden_states) else None
+    numbers = SLAB_NUMBERS if saves_passes(hidden_states) else GPU_SLAB_NUMBERS
+    size = max(numbers // (batch_size * dim), 1)
+    return size if size < length and keeps_nothing() else None
 
 
 def slab_by_slab(
@@ -252,8 +260,7 @@ def may_overwrite(x: torch.Tensor, other: torch.Tensor | float) -> bool:
     Whether what is made of both may lie where `x` lies, a tensor that nobody else has: on a CPU, memory that the
     system has to give anew takes several times as long as the sum that is written to it.
     """
-    free = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-    return free and torch.result_type(x, other) == x.dtype
+    return keeps_nothing() and torch.result_type(x, other) == x.dtype
 
 
 def add(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -482,9 +489,10 @@ class LocalDiTWindowAttnProcessor:
                 outputs[i] = multiply(add(outputs[i], context_output), 0.5)
 
         outputs = [output.flatten(1, 2) for output in outputs]  # (B, n*w*w, C)
-        if size is None:
-            return attn.to_out[0](outputs[0].index_select(1, geometry.token_to_window))  # (B, L, C)
-        return scatter_windows(parts, map(attn.to_out[0], outputs), hidden_states.shape[1])
+        if size is not None and saves_passes(hidden_states):
+            return scatter_windows(parts, map(attn.to_out[0], outputs), hidden_states.shape[1])
+        outputs = outputs[0] if size is None else torch.cat(outputs, dim=1)
+        return attn.to_out[0](outputs.index_select(1, geometry.token_to_window))  # (B, L, C)
 
     @staticmethod
     def _project(attn, hidden_states, geometry: WindowGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -606,7 +614,7 @@ class LocalDiTRMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype
-        if not works_in_slabs(x) or dtype != self.weight.dtype:
+        if not saves_passes(x) or dtype != self.weight.dtype:
             return super().forward(x)
         x = at_least_float32(x)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
@@ -720,7 +728,7 @@ class LocalDiTFeedForward(FeedForward):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if may_fuse_gelu(hidden_states, self.net[0]):
             return self._fused(hidden_states)
-        if not works_in_slabs(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
+        if not saves_passes(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
             return super().forward(hidden_states)
         widen, _, narrow = self.net
         # Allocating four times the width of the network anew costs as much as the GELU.
@@ -765,7 +773,7 @@ class LocalDiTTransformerBlock(nn.Module):
             self.scale_shift_table[None] + modulation  # (B, 6, C)
         ).chunk(6, dim=1)  # (B, 1, C) each
 
-        if works_in_slabs(hidden_states) and step_cache is None:
+        if slab_size(hidden_states) is not None and step_cache is None:
             step_cache = LocalDiTStepCache()  # for the slabs
 
         attn_output = self.attn(modulate(self.norm1, hidden_states, shift_msa, scale_msa), geometry)  # (B, L, C)
@@ -1035,7 +1043,7 @@ class LocalDiTTransformer2DModel(
             step_cache = None
 
         # 1. Input
-        if works_in_slabs(hidden_states) and not self._has_compiled_blocks:  # a GPU would have to be waited for
+        if saves_passes(hidden_states) and not self._has_compiled_blocks:  # a GPU would have to be waited for
             encoder_hidden_states, encoder_attention_mask = without_padding(
                 encoder_hidden_states, encoder_attention_mask
             )

@@ -69,6 +69,37 @@ def _(
     return _empty_like(query), query.new_empty(map_shape), query.new_empty(map_shape)
 
 
+@torch.library.custom_op("diffusers_localdit::local_window_attention_", mutates_args=("query",))
+def local_window_attention_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    bias_table: Tensor,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    map_to_token: Tensor,
+    token_to_window: Tensor,
+    window_size: int,
+    eps: float,
+    output_scale: float,
+    with_maps: bool,
+) -> tuple[Tensor, Tensor]:
+    """`local_window_attention` that writes its output over `query`, contiguous, and returns the maps. No gradients."""
+    preparation = Preparation(norm_q, norm_k, rotary_cos, rotary_sin, eps)
+    return window_attention.forward(
+        query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size, output_scale,
+        with_maps=with_maps, overwrite=query,
+    )[1:]  # fmt: skip
+
+
+@local_window_attention_.register_fake
+def _(query, key, value, norm_q, norm_k, bias_table, rotary_cos, rotary_sin, map_to_token, *settings):
+    map_shape = (query.shape[0], *map_to_token.shape, query.shape[2]) if settings[-1] else (0,)
+    return query.new_empty(map_shape), query.new_empty(map_shape)
+
+
 @torch.library.custom_op("diffusers_localdit::local_window_attention_backward", mutates_args=())
 def local_window_attention_backward(
     grad_output: Tensor,
@@ -149,6 +180,25 @@ def context_window_attention(
 @context_window_attention.register_fake
 def _(query_map, key_map, value_map, bias_table, residual, map_to_token, token_to_window, window_size, output_scale):
     return _empty_like(residual)
+
+
+@torch.library.custom_op("diffusers_localdit::context_window_attention_", mutates_args=("residual",))
+def context_window_attention_(
+    query_map: Tensor,
+    key_map: Tensor,
+    value_map: Tensor,
+    bias_table: Tensor,
+    residual: Tensor,
+    map_to_token: Tensor,
+    token_to_window: Tensor,
+    window_size: int,
+    output_scale: float,
+) -> None:
+    """`context_window_attention` that adds to `residual`, contiguous, where it lies. No gradients."""
+    window_attention.forward(
+        query_map.flatten(1, 2), key_map.flatten(1, 2), value_map.flatten(1, 2), None, bias_table, map_to_token,
+        token_to_window, window_size, output_scale, residual=residual, overwrite=residual,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("diffusers_localdit::context_window_attention_backward", mutates_args=())

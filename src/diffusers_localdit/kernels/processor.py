@@ -2,7 +2,6 @@
 """Self-attention of LocalDiT through the Triton kernels, and how it is put into a transformer and taken out again."""
 
 import importlib.util
-import math
 
 import torch
 
@@ -14,6 +13,7 @@ from ..transformer_localdit import (
     WindowGeometry,
     is_plain,
     is_untouched,
+    keeps_nothing,
 )
 
 WINDOW_SIZES = range(2, 17)
@@ -73,6 +73,11 @@ def why_not_call(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> str | N
     return why_not_tensor(tokens)
 
 
+def share_of_branch(attn: LocalDiTWindowAttention) -> float:
+    """Factor of the local branch's output, and of the context branch's where there is one."""
+    return 1.0 if attn.global_context is None else 0.5
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     import triton
@@ -98,16 +103,29 @@ class LocalDiTTritonAttnProcessor:
     def __call__(
         self, attn: LocalDiTWindowAttention, hidden_states: torch.Tensor, geometry: WindowGeometry
     ) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states)  # (B, L, C) each
-        if not torch.compiler.is_compiling() and (reason := why_not_call(attn, value)) is not None:
-            raise RuntimeError(f"{reason} `uninstall_triton_kernels` restores PyTorch's attention.")
-        window_size = (math.isqrt(attn.rel_pos_bias.shape[0]) + 1) // 2
         context = attn.global_context
-        share = 1.0 if context is None else 0.5
-        output, query_map, key_map = self.ops.local_window_attention(
-            query,
-            key,
-            value,
+        # Nothing is named that the next step does not need: at large sizes a tensor of all tokens is much memory.
+        output, query_map, key_map = self._attend_locally(attn, attn.project(hidden_states), geometry)
+        if context is not None:
+            for stage in context.query_stages:
+                query_map = self._query_stage(stage, query_map)
+            maps = (query_map, context.to_k(key_map), context.to_v(key_map))  # both are read from the rotated keys
+            del query_map, key_map
+            output = self._attend_to_context(attn, maps, output, geometry)
+        return attn.to_out[0](output)
+
+    def _attend_locally(
+        self,
+        attn: LocalDiTWindowAttention,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        geometry: WindowGeometry,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output `(B, L, C)` of the local branch, and for the context queries and keys on the map `(B, Hp, Wp, C)`."""
+        query = projected[0]
+        if not torch.compiler.is_compiling() and (reason := why_not_call(attn, query)) is not None:
+            raise RuntimeError(f"{reason} `uninstall_triton_kernels` restores PyTorch's attention.")
+        arguments = (
+            *projected,
             attn.norm_q.weight,
             attn.norm_k.weight,
             attn.rel_pos_bias,
@@ -115,26 +133,36 @@ class LocalDiTTritonAttnProcessor:
             geometry.rotary_sin,
             geometry.map_to_token,
             geometry.token_to_window,
-            window_size,
+            attn.window_size,
             attn.norm_q.eps,
-            share,
-            context is not None,
-        )  # (B, L, C), (B, Hp, Wp, C), (B, Hp, Wp, C)
-        if context is not None:
-            for stage in context.query_stages:
-                query_map = self._query_stage(stage, query_map)
-            output = self.ops.context_window_attention(
-                query_map,
-                context.to_k(key_map),  # keys and values are both read from the rotated keys
-                context.to_v(key_map),
-                context.rel_pos_bias,
-                output,
-                geometry.map_to_token,
-                geometry.token_to_window,
-                window_size,
-                share,
-            )  # (B, L, C)
-        return attn.to_out[0](output)
+            share_of_branch(attn),
+            attn.global_context is not None,
+        )
+        if keeps_nothing() and query.is_contiguous():
+            return query, *self.ops.local_window_attention_(*arguments)
+        return self.ops.local_window_attention(*arguments)
+
+    def _attend_to_context(
+        self,
+        attn: LocalDiTWindowAttention,
+        maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+        geometry: WindowGeometry,
+    ) -> torch.Tensor:
+        """`output` `(B, L, C)` of the local branch and that of the context branch, of maps `(B, Hp, Wp, C)`."""
+        arguments = (
+            *maps,
+            attn.global_context.rel_pos_bias,
+            output,
+            geometry.map_to_token,
+            geometry.token_to_window,
+            attn.window_size,
+            share_of_branch(attn),
+        )
+        if not keeps_nothing():
+            return self.ops.context_window_attention(*arguments)
+        self.ops.context_window_attention_(*arguments)
+        return output
 
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
         if type(stage.depthwise) is not torch.nn.Conv2d or not is_untouched(stage.depthwise):
