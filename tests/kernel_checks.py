@@ -162,18 +162,13 @@ def check_window_attention(
 
 @torch.no_grad()
 def assert_same_in_place(tokens, weights, dtype, arguments):
-    """The operators that overwrite their input give to the bit what the others give."""
+    """The operator that writes over the queries gives to the bit what the other one gives."""
     query, key, value, norm_q, norm_k, bias_table = (x.to(dtype) for x in (*tokens, *weights))
     local = (norm_q, norm_k, bias_table, *arguments)
     expected = ops.local_window_attention(query, key, value, *local)
     output = query.clone()
     actual = output, *ops.local_window_attention_(output, key, value, *local)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
-    if arguments[-1]:
-        maps, indices = (*expected[1:], expected[2]), (*arguments[2:5], arguments[6])
-        expected = ops.context_window_attention(*maps, bias_table, output, *indices)
-        ops.context_window_attention_(*maps, bias_table, output, *indices)
-        assert torch.equal(output, expected)
 
 
 @given(
@@ -309,7 +304,6 @@ def test_operators_are_well_formed():
     torch.library.opcheck(ops.query_stage_, (maps[0].clone(), convolution, squeeze, excite, pointwise))
     norms = (x.detach() for x in weights)
     torch.library.opcheck(ops.local_window_attention_, (query.clone(), key, query, *norms, *rest))
-    torch.library.opcheck(ops.context_window_attention_, (*maps, table, query.clone(), *indices, 2, 1.0))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="threads on a CPU need no context")

@@ -38,9 +38,14 @@ def peak_bytes(model: torch.nn.Module, inputs: dict) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_global_context", [True, False])
-def test_a_large_picture_takes_60_percent_of_the_memory_of_pixart(use_global_context, monkeypatch):
-    """Tensors of a pass over a batch of two of 2048 x 2048 pixels, counted as a GPU would get them, at full width."""
+@pytest.mark.parametrize(
+    "use_global_context, kernels, most", [(True, True, 0.6), (False, True, 0.45), (True, False, 0.7)]
+)
+def test_a_large_picture_takes_less_memory_than_with_pixart(use_global_context, kernels, most, monkeypatch):
+    """
+    Tensors of a pass over a batch of two of 2048 x 2048 pixels at full width. A device without numbers also shows that
+    no step has to wait for any.
+    """
     monkeypatch.setattr(processor, "why_not_call", lambda *args: None)
     # Neither has scores in memory.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, *args, **_: query.clone())
@@ -54,6 +59,7 @@ def test_a_large_picture_takes_60_percent_of_the_memory_of_pixart(use_global_con
     with torch.device("meta"):
         pixart = PixArtTransformer2DModel(num_layers=2, caption_channels=4096).bfloat16()
         model = LocalDiTTransformer2DModel(num_layers=2, use_global_context=use_global_context).bfloat16()
-    model.set_attn_processor(LocalDiTTritonAttnProcessor())
+    if kernels:
+        model.set_attn_processor(LocalDiTTritonAttnProcessor())
     ours, theirs = (peak_bytes(module, inputs) for module in (model, pixart))
-    assert ours <= 0.6 * theirs
+    assert ours <= most * theirs

@@ -90,7 +90,7 @@ def local_window_attention_(
     preparation = Preparation(norm_q, norm_k, rotary_cos, rotary_sin, eps)
     return window_attention.forward(
         query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size, output_scale,
-        with_maps=with_maps, overwrite=query,
+        with_maps=with_maps, overwrite=True,
     )[1:]  # fmt: skip
 
 
@@ -180,25 +180,6 @@ def context_window_attention(
 @context_window_attention.register_fake
 def _(query_map, key_map, value_map, bias_table, residual, map_to_token, token_to_window, window_size, output_scale):
     return _empty_like(residual)
-
-
-@torch.library.custom_op("diffusers_localdit::context_window_attention_", mutates_args=("residual",))
-def context_window_attention_(
-    query_map: Tensor,
-    key_map: Tensor,
-    value_map: Tensor,
-    bias_table: Tensor,
-    residual: Tensor,
-    map_to_token: Tensor,
-    token_to_window: Tensor,
-    window_size: int,
-    output_scale: float,
-) -> None:
-    """`context_window_attention` that adds to `residual`, contiguous, where it lies. No gradients."""
-    window_attention.forward(
-        query_map.flatten(1, 2), key_map.flatten(1, 2), value_map.flatten(1, 2), None, bias_table, map_to_token,
-        token_to_window, window_size, output_scale, residual=residual, overwrite=residual,
-    )  # fmt: skip
 
 
 @torch.library.custom_op("diffusers_localdit::context_window_attention_backward", mutates_args=())

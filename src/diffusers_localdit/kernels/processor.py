@@ -109,9 +109,19 @@ class LocalDiTTritonAttnProcessor:
         if context is not None:
             for stage in context.query_stages:
                 query_map = self._query_stage(stage, query_map)
-            maps = (query_map, context.to_k(key_map), context.to_v(key_map))  # both are read from the rotated keys
-            del query_map, key_map
-            output = self._attend_to_context(attn, maps, output, geometry)
+            key, value = context.to_k(key_map), context.to_v(key_map)  # both are read from the rotated keys
+            del key_map
+            output = self.ops.context_window_attention(
+                query_map,
+                key,
+                value,
+                context.rel_pos_bias,
+                output,
+                geometry.map_to_token,
+                geometry.token_to_window,
+                attn.window_size,
+                share_of_branch(attn),
+            )  # (B, L, C)
         return attn.to_out[0](output)
 
     def _attend_locally(
@@ -141,28 +151,6 @@ class LocalDiTTritonAttnProcessor:
         if keeps_nothing() and query.is_contiguous():
             return query, *self.ops.local_window_attention_(*arguments)
         return self.ops.local_window_attention(*arguments)
-
-    def _attend_to_context(
-        self,
-        attn: LocalDiTWindowAttention,
-        maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        output: torch.Tensor,
-        geometry: WindowGeometry,
-    ) -> torch.Tensor:
-        """`output` `(B, L, C)` of the local branch and that of the context branch, of maps `(B, Hp, Wp, C)`."""
-        arguments = (
-            *maps,
-            attn.global_context.rel_pos_bias,
-            output,
-            geometry.map_to_token,
-            geometry.token_to_window,
-            attn.window_size,
-            share_of_branch(attn),
-        )
-        if not keeps_nothing():
-            return self.ops.context_window_attention(*arguments)
-        self.ops.context_window_attention_(*arguments)
-        return output
 
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
         if type(stage.depthwise) is not torch.nn.Conv2d or not is_untouched(stage.depthwise):

@@ -133,22 +133,22 @@ def forward(
     output_scale: float,
     residual: torch.Tensor | None = None,
     with_maps: bool = False,
-    overwrite: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attends within windows. The output is written over `overwrite`, if it is given: `residual`, or with a preparation
-    `query`, contiguous. A program reads of both what it writes, and nothing else.
+    Attends within windows. With `overwrite` (and a preparation) the output is written over `query`, which has to be
+    contiguous: a program reads of it what it then writes, and nothing else.
 
     Returns:
         `output_scale` times the attention, plus `residual`, `(B, L, C)`; and with `with_maps` the prepared queries and
         keys on the map, `(B, Hp, Wp, C)`, otherwise two empty tensors.
     """
-    if overwrite is not None and not overwrite.is_contiguous():
+    if overwrite and not query.is_contiguous():
         raise ValueError("The output can only be written over a tensor whose numbers follow each other.")
     common = _common_arguments(query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size)
     batch_size, _, width = query.shape
     windows = map_to_token.numel() // window_size**2
-    output = query.new_empty(batch_size, common["tokens"], width) if overwrite is None else overwrite
+    output = query if overwrite else query.new_empty(batch_size, common["tokens"], width)
     map_shape = (batch_size, *map_to_token.shape, width) if with_maps else (0,)
     query_map, key_map = query.new_empty(map_shape), query.new_empty(map_shape)
     residual = None if residual is None else residual.contiguous()
