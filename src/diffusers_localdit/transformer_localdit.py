@@ -818,8 +818,8 @@ class LocalDiTTransformer2DModel(
     The transformer of LocalDiT: PixArt's diffusion transformer with shifted-window self-attention and a global-context
     branch, as released by DATAGRID.
 
-    Where no gradients are wanted, results overwrite what is not needed any more. A forward hook of one's own that keeps
-    what a layer inside a block returns must therefore clone it, or call the model with gradients.
+    Where no gradients are wanted, results overwrite what is not needed any more. A forward hook of one's own that
+    keeps what a layer inside a block returns must therefore clone it, or call the model with gradients.
 
     Args:
         num_attention_heads (`int`, defaults to `16`): Number of heads of every attention.
