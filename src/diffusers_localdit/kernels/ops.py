@@ -69,27 +69,19 @@ def _(
     return _empty_like(query), query.new_empty(map_shape), query.new_empty(map_shape)
 
 
-@torch.library.custom_op("diffusers_localdit::local_window_attention_", mutates_args=("query",))
-def local_window_attention_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    bias_table: Tensor,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    map_to_token: Tensor,
-    token_to_window: Tensor,
-    window_size: int,
-    eps: float,
-    output_scale: float,
-    with_maps: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "diffusers_localdit::local_window_attention_",
+    mutates_args=("query",),
+    schema="(Tensor(a!) query, Tensor key, Tensor value, Tensor norm_q, Tensor norm_k, Tensor bias_table,"
+    " Tensor? rotary_cos, Tensor? rotary_sin, Tensor map_to_token, Tensor token_to_window, int window_size, float eps,"
+    " float output_scale, bool with_maps) -> (Tensor, Tensor)",
+)
+def local_window_attention_(query, key, value, norm_q, norm_k, bias_table, cos, sin, *arguments):
     """`local_window_attention` that writes its output over `query`, contiguous, and returns the maps. No gradients."""
-    preparation = Preparation(norm_q, norm_k, rotary_cos, rotary_sin, eps)
+    *indices, window_size, eps, output_scale, with_maps = arguments
+    preparation = Preparation(norm_q, norm_k, cos, sin, eps)
     return window_attention.forward(
-        query, key, value, preparation, bias_table, map_to_token, token_to_window, window_size, output_scale,
+        query, key, value, preparation, bias_table, *indices, window_size, output_scale,
         with_maps=with_maps, overwrite=True,
     )[1:]  # fmt: skip
 
