@@ -192,12 +192,14 @@ def test_slabs_change_nothing(use_global_context, height, width, device, monkeyp
     model = tiny_transformer(use_global_context=use_global_context)
     inputs = random_inputs(height, width)
     whole = model(**inputs).sample
-    widths = []
-    proj = model.transformer_blocks[0].ff.net[0].proj
-    proj.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    widths, texts = [], []
+    block = model.transformer_blocks[0]
+    block.ff.net[0].proj.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape))
+    block.cross_attn.to_k.register_forward_pre_hook(lambda module, args: texts.append(args[0].shape))
     with torch.no_grad():
         in_slabs = model(**inputs).sample
     assert widths == [(2, 8, 24)] * (height * width // 4 // 8) + [(2, 4, 24)] * (height * width // 4 % 8 > 0)
+    assert len(texts) == 1  # once for all slabs
     assert relative_error(in_slabs, whole) < 1e-6
 
 
