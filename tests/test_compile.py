@@ -5,6 +5,7 @@ import torch
 from transformer_inputs import random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import transformer_localdit
+from diffusers_localdit.transformer_localdit import LocalDiTCrossAttention
 
 # Height, width and text tokens: square and not, windows that fit and not, one of the sizes turned round.
 SIZES = [(16, 16, 7), (16, 24, 7), (24, 16, 7), (20, 12, 9), (32, 32, 12), (18, 26, 5), (40, 16, 7)]
@@ -27,8 +28,8 @@ def outputs(model) -> list[torch.Tensor]:
     ]
 
 
-def assert_close_to_eager(compiled):
-    for actual, expected in zip(outputs(compiled), outputs(tiny_transformer())):
+def assert_close(compiled, eager):
+    for actual, expected in zip(outputs(compiled), outputs(eager), strict=True):
         assert relative_error(actual, expected) < 1e-5
 
 
@@ -40,38 +41,44 @@ def test_repeated_blocks_share_one_graph():
     torch._dynamo.utils.counters.clear()
     model = tiny_transformer()
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
-    assert_close_to_eager(model)
+    assert_close(model, tiny_transformer())
     assert graphs() == 1
 
 
 def test_whole_model_is_one_graph():
     torch._dynamo.utils.counters.clear()
     with torch.fx.experimental._config.patch(use_duck_shape=False):
-        model = tiny_transformer()
-        assert_close_to_eager(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True))
+        model = tiny_transformer(num_layers=2)  # each one more takes 15 s
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True), model)
     assert graphs() == 1
 
 
 def test_training_compiles_with_queries_in_parts(monkeypatch):
-    """As on a GPU: cut in graphs for numbers of tokens that eight divides, whole in those for others."""
+    """Cross-attention as on a GPU: cut in one graph for numbers of tokens that eight divides, whole in another."""
     monkeypatch.setattr(
         transformer_localdit, "query_parts", lambda processor, query: 8 if query.shape[1] % 8 == 0 else 1
     )
-    cut = []
+    cut, counts = [], []
 
     def backend(graph, inputs):
         cut.append("repeat_interleave" in graph.code)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    model, eager = tiny_transformer(num_layers=1), tiny_transformer(num_layers=1)
-    model.compile_repeated_blocks(fullgraph=True, backend=backend, dynamic=True)
-    for height, width in ((16, 16), (24, 16), (18, 26)):
-        inputs = random_inputs(height, width)
-        for transformer in (model, eager):
-            transformer.zero_grad()
-            transformer(**inputs).sample.square().mean().backward()
-        gradients = [[x.grad for x in transformer.parameters()] for transformer in (model, eager)]
+    torch.manual_seed(0)
+    attn = LocalDiTCrossAttention(24, heads=2)
+    compiled = torch.compile(attn, fullgraph=True, backend=backend, dynamic=True)
+    text, bias = torch.randn(2, 7, 24), torch.zeros(2, 1, 1, 7)
+    bias[1, ..., 3:] = transformer_localdit.MASK_VALUE
+    for tokens in (64, 96, 117):
+        hidden_states, gradients = torch.randn(2, tokens, 24), []
+        for forward in (compiled, attn):
+            leaves = [x.clone().requires_grad_() for x in (hidden_states, text)]
+            attn.zero_grad()
+            forward(*leaves, bias).square().mean().backward()
+            gradients.append([x.grad for x in (*attn.parameters(), *leaves)])
         least = 0.1 * max(x.norm() for x in gradients[1])
         for actual, expected in zip(*gradients, strict=True):
             assert (actual - expected).norm() < 1e-5 * max(expected.norm(), least)
+        counts.append(len(cut))
     assert cut[0] and not cut[-1]
+    assert counts[0] == counts[1] < counts[2]

@@ -104,6 +104,10 @@ class Training(PROCESSES.Process):
         if self.size_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size_limit, resource.RLIM_INFINITY))
         torch.set_num_threads(1)
+        if "DS_ACCELERATOR" in self.env:  # or it compiles for a minute and a half what speeds up sums of processes
+            from deepspeed.ops import __compatible_ops__
+
+            __compatible_ops__["deepspeed_shm_comm"] = False
         # As in a process that was not forked off a server: so that the loader's workers notice their parent's death.
         multiprocessing.set_start_method("fork", force=True)
         from diffusers_localdit.training.train import main
