@@ -80,6 +80,8 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=15)
     parser.set_defaults(device=CPU, cpu_time=False)
     arguments = parser.parse_args()
+    if arguments.runs < 2:
+        parser.error("quartiles want at least 2 runs")
     packed = any(name.startswith("packed") for name in arguments.models)
     if packed and (reason := why_not_packed(CPU, torch.float32)):
         parser.error(reason)
