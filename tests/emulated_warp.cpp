@@ -1,22 +1,25 @@
 // Runs the CUDA kernels of window4.cu on a CPU, so that they are tested where there is no GPU: the 32 lanes of a warp are
 // fibers that take turns, and what lanes exchange (shuffles, matrix products, transposition) is done as the PTX manual
-// says it is spread over them. Compiled with the kernels' own macros and KERNELS, the path of window4.cu.
+// says it is spread over them. Compiled with a kernel's own macros, KERNEL, its name, and KERNELS, the
+// path of window4.cu.
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <ucontext.h>
 #include <utility>
+#include <vector>
 
 #define EMULATED
 #define __device__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __shared__ static
 
 struct alignas(16) quad { unsigned int x[4]; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct position { int x, y; };
+struct position { int x, y, z; };
 static position threadIdx, blockIdx;  // of the lane whose turn it is
 
 static const int LANES = 32;
@@ -92,52 +95,74 @@ static unsigned int transpose(unsigned int x) {
     return (all[4 * (2 * t) + g / 2][0] >> shift & 0xffff) | (all[4 * (2 * t + 1) + g / 2][0] >> shift & 0xffff) << 16;
 }
 
-static void converge() {}
+static float from_lane(float x, int other) {
+    unsigned int (*all)[6] = exchange({as_bits(x)});
+    return as_float(all[other][0]);
+}
+
+// What is copied comes as late as it may: when it is waited for. A row that is used before, or written over, shows.
+struct Copy { void* to; const void* from; int bytes; bool present; };
+static std::deque<std::vector<Copy>> copies[LANES];  // by groups; the last one is open
+
+static void copy(void* to, const void* from, int bytes, bool present) {
+    if (copies[lane].empty()) copies[lane].emplace_back();
+    copies[lane].back().push_back({to, from, bytes, present});
+}
+static void copy16(void* to, const void* from, bool present) { copy(to, from, 16, present); }
+static void copy4(void* to, const void* from, bool present) { copy(to, from, 4, present); }
+static void close_group() { copies[lane].emplace_back(); }
+static void WAIT_FOR_ALL_GROUPS_BUT(int pending) {
+    for (; (int)copies[lane].size() > pending + 1; copies[lane].pop_front())
+        for (Copy c : copies[lane].front()) {
+            std::memset(c.to, 0, c.bytes);
+            if (c.present) std::memcpy(c.to, c.from, c.bytes);
+        }
+}
+
+static void converge() { give_turn(); }
 static float exp2_of(float x) { return std::exp2(x); }
 
 #include KERNELS
 
-// A launch: blocks of 128 lanes, arguments as cuLaunchKernel takes them.
+// A launch: blocks of WARPS warps, arguments as cuLaunchKernel takes them.
 template <class... A> struct Launch {
     static void (*kernel)(A...);
     static void** args;
-    static int grid_x, grid_y;
+    static position grid;
 
     template <size_t... I> static void call(std::index_sequence<I...>) { kernel(*(A*)args[I]...); }
 
     static void run(int mine) {
-        for (int y = 0; y < grid_y; y++)
-            for (int x = 0; x < grid_x; x++)
-                for (int warp = 0; warp < 4; warp++) {
-                    blockIdx = {x, y};
-                    threadIdx.x = 32 * warp + mine;
-                    call(std::index_sequence_for<A...>{});
-                    give_turn();  // all lanes are done with this warp before the next one
-                }
+        for (int block = 0; block < grid.x * grid.y * grid.z; block++)
+            for (int warp = 0; warp < WARPS; warp++) {
+                blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+                threadIdx.x = 32 * warp + mine;
+                call(std::index_sequence_for<A...>{});
+                give_turn();  // all lanes are done with this warp before the next one
+            }
         if (mine + 1 < LANES) { lane = mine + 1; setcontext(&lanes[mine + 1]); }
         setcontext(&finished);
     }
 };
 template <class... A> void (*Launch<A...>::kernel)(A...);
 template <class... A> void** Launch<A...>::args;
-template <class... A> int Launch<A...>::grid_x;
-template <class... A> int Launch<A...>::grid_y;
+template <class... A> position Launch<A...>::grid;
 
-template <class... A> static void launch(void (*kernel)(A...), void** args, int grid_x, int grid_y) {
+template <class... A> static void launch(void (*kernel)(A...), void** args, position grid) {
     using L = Launch<A...>;
     L::kernel = kernel;
     L::args = args;
-    L::grid_x = grid_x;
-    L::grid_y = grid_y;
+    L::grid = grid;
     static char stacks[LANES][1 << 16];
     for (int i = 0; i < LANES; i++) {
         exchanges[i] = 0;
+        copies[i].clear();
         getcontext(&lanes[i]);
         lanes[i].uc_stack = {stacks[i], 0, sizeof stacks[i]};
         lanes[i].uc_link = nullptr;
         makecontext(&lanes[i], (void (*)())L::run, 1, i);
     }
-    blockIdx = {0, 0};
+    blockIdx = {0, 0, 0};
     lane = 0;
     volatile bool started = false;
     getcontext(&finished);
@@ -147,5 +172,6 @@ template <class... A> static void launch(void (*kernel)(A...), void** args, int 
     }
 }
 
-extern "C" void launch_window4_forward(void** args, int x, int y) { launch(window4_forward, args, x, y); }
-extern "C" void launch_window4_backward(void** args, int x, int y) { launch(window4_backward, args, x, y); }
+extern "C" void launch_kernel(void** args, int x, int y, int z) {
+    launch(KERNEL, args, {x, y, z});
+}

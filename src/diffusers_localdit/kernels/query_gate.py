@@ -15,8 +15,7 @@ from .query_stage import _normal_cdf
 CHANNELS = 64  # of the map, for a program
 UNITS = 128  # of the squeezed mean, at a time
 STRIPS = 64  # at a time
-ROWS = 16  # of the pointwise weights, at a time
-ROW_PROGRAMS = 8
+ROWS, TILES = 64, 6  # rows of a tile of the pointwise weights, and tiles of a program
 WARPS = 8
 
 
@@ -46,6 +45,13 @@ def _squeeze(
 
 
 @triton.jit
+def _at(tile, channel, C: tl.constexpr, ROWS: tl.constexpr):
+    """Where a tile of the pointwise weights lies, and what of it is there."""
+    row = (tile * ROWS + tl.arange(0, ROWS))[:, None]
+    return row * C + channel[None, :], (row < C) & (channel[None, :] < C)
+
+
+@triton.jit
 def _excite(
     squeezed_ptr,  # (blocks, B, HIDDEN)
     excite_ptr,  # (C, HIDDEN)
@@ -53,11 +59,15 @@ def _excite(
     gated_ptr,  # (B, C, C)
     blocks,
     C: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, UNITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The gate of a block of channels, times the pointwise weights that these channels meet."""
     batch = tl.program_id(2)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    tiles = ()  # asked for before the gate is computed: memory answers meanwhile
+    for index in tl.static_range(TILES):
+        at, inside = _at(tl.program_id(1) * TILES + index, channel, C, ROWS)
+        tiles += (tl.load(pointwise_ptr + at, mask=inside, other=0.0),)
     block = tl.arange(0, BLOCKS)[:, None]
     excited = tl.zeros((CHANNELS, UNITS), tl.float32)
     for first in tl.static_range(0, HIDDEN, UNITS):
@@ -70,11 +80,9 @@ def _excite(
         excited += weight * squeezed * _normal_cdf(squeezed)
     gate = tl.sigmoid(tl.sum(excited, axis=1))[None, :]
     gated_ptr += batch.to(tl.int64) * (C * C)
-    for first in range(tl.program_id(1) * ROWS, C, tl.num_programs(1) * ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        at = row * C + channel[None, :]
-        inside = (row < C) & (channel[None, :] < C)
-        gated = tl.load(pointwise_ptr + at, mask=inside, other=0.0).to(tl.float32) * gate
+    for index in tl.static_range(TILES):
+        at, inside = _at(tl.program_id(1) * TILES + index, channel, C, ROWS)
+        gated = tiles[index].to(tl.float32) * gate
         tl.store(gated_ptr + at, gated.to(gated_ptr.dtype.element_ty), mask=inside)
 
 
@@ -97,8 +105,8 @@ def gated_weight(
     sizes = {"C": channels, "HIDDEN": hidden, "CHANNELS": CHANNELS, "UNITS": UNITS, "num_warps": WARPS}
     with torch.cuda.device_of(means):
         _squeeze[blocks, batch_size](means, squeeze.contiguous(), squeezed, strips, STRIPS=STRIPS, **sizes)
-        _excite[blocks, ROW_PROGRAMS, batch_size](
+        _excite[blocks, triton.cdiv(channels, ROWS * TILES), batch_size](
             squeezed, excite.contiguous(), pointwise.contiguous(), gated, blocks,
-            BLOCKS=triton.next_power_of_2(blocks), ROWS=ROWS, **sizes,
+            BLOCKS=triton.next_power_of_2(blocks), ROWS=ROWS, TILES=TILES, **sizes,
         )  # fmt: skip
     return gated

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .part_sums import sum_parts
+
 # PAIRS * CHANNELS is two channels for each thread: with four, nine weights and nine sums fill its registers.
 CHANNELS = 64
 PAIRS = 4
@@ -234,7 +236,8 @@ def features(token_map: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tenso
 def forward(token_map: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Features `(B, height, width, C)` and their mean `(B, C)`."""
     output, means = features(token_map, weight)
-    return output, means.sum(0).to(token_map.dtype)
+    strips, *shape = means.shape
+    return output, sum_parts(means.view(1, strips, -1), token_map.dtype).view(shape)
 
 
 def backward(
@@ -259,4 +262,4 @@ def backward(
             grad_convolved, weight, grad_map, grad_weight, height, width,
             FEATURES=False, C=channels, CHANNELS=CHANNELS, PAIRS=PAIRS, ROWS=ROWS, AHEAD=AHEAD, num_warps=WARPS,
         )  # fmt: skip
-    return grad_map, grad_weight.sum(0).to(weight.dtype).reshape(weight.shape)
+    return grad_map, sum_parts(grad_weight.view(1, programs, -1), weight.dtype).view(weight.shape)

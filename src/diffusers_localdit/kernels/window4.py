@@ -8,6 +8,7 @@ compiles them at the first call.
 import functools
 import importlib.resources
 import threading
+from typing import NamedTuple
 
 import torch
 from diffusers.utils import logging
@@ -16,14 +17,25 @@ logger = logging.get_logger(__name__)
 
 WINDOW_SIZE = 4
 HEAD_DIM = 72
-WARPS = 4  # of a block
-# Blocks that a multiprocessor is to hold: what limits the registers of a lane.
-FORWARD_BLOCKS = 4
-BACKWARD_BLOCKS = 2
+
+
+class Occupancy(NamedTuple):
+    """How many warps a multiprocessor holds, which limits the registers of a lane."""
+
+    warps: int  # of a block
+    blocks: int
+
+
+OCCUPANCY = {
+    "window4_local": Occupancy(warps=4, blocks=2),
+    "window4_context": Occupancy(warps=4, blocks=4),
+    "window4_backward": Occupancy(warps=2, blocks=4),
+}
 
 TENSORS = (
     "query", "key", "value", "norm_q", "norm_k", "cos", "sin", "table", "map_to_token", "token_to_window",
 )  # fmt: skip
+CONTEXT_TENSORS = tuple(name for name in TENSORS if name not in ("norm_q", "norm_k", "cos", "sin"))
 PARAMETERS = ("norm_q", "norm_k", "table")
 SIZES = ("batch_stride", "token_stride", "tokens", "map_height", "map_width")
 
@@ -97,99 +109,107 @@ def serves(common: dict, *others: torch.Tensor | None) -> bool:
     )
 
 
-def tensors(common: dict) -> list[torch.Tensor]:
-    """The arguments of both kernels that are tensors. Under autocast parameters come in float32."""
+def tensors(common: dict, names: tuple[str, ...] = TENSORS) -> list[torch.Tensor]:
+    """The arguments of a kernel that are tensors. Under autocast parameters come in float32."""
     dtype = common["query_ptr"].dtype
-    return [common[f"{name}_ptr"].to(dtype) if name in PARAMETERS else common[f"{name}_ptr"] for name in TENSORS]
+    return [common[f"{name}_ptr"].to(dtype) if name in PARAMETERS else common[f"{name}_ptr"] for name in names]
 
 
 @functools.cache
 def kernel(name: str, device: int, capability: tuple[int, int], macros: tuple[str, ...]):
     """A kernel, compiled for a device."""
     source = importlib.resources.files(__package__).joinpath("window4.cu").read_text()
-    options = [*(f"-D{macro}" for macro in macros), "--use_fast_math"]
+    options = [f"-D{name.upper()}", *(f"-D{macro}" for macro in macros), "--use_fast_math"]
     capability = "{}{}".format(*capability)
     return compile_kernel(source, name, compute_capability=capability, nvcc_options=options)
 
 
-def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int], args: list) -> None:
+def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[int, int, int], args: list) -> None:
     join_context(device)
-    macros = tuple(f"{key}={int(value)}" for key, value in macros.items())
-    run = kernel(name, device.index, torch.cuda.get_device_capability(device), macros)
-    run((*grid, 1), (32 * WARPS, 1, 1), args)
+    settings = tuple(f"{key}={int(value)}" for key, value in macros.items())
+    run = kernel(name, device.index, torch.cuda.get_device_capability(device), settings)
+    run(grid, (32 * macros["WARPS"], 1, 1), args)
 
 
-def blocks(units: int) -> int:
-    return -(-units // WARPS)
-
-
-def macros(common: dict, min_blocks: int, **flags: bool) -> dict[str, int]:
-    """What the source is compiled for; `common` is what the Triton kernels of a call share."""
-    return {
+def run(name: str, common: dict, grid: tuple[int, int, int], tensors: list[torch.Tensor], *numbers, **flags) -> None:
+    """Launches a kernel. `common` is what the Triton kernels of a call share; `numbers` follow the tensors."""
+    occupancy = OCCUPANCY[name]
+    macros = {
         "HEADS": common["HEADS"],
         "HALF": common["query_ptr"].dtype == torch.float16,
         "PREPARE": common["PREPARE"],
         "ROTARY": common["ROTARY"],
         "PADDED": common["map_height"] * common["map_width"] > common["tokens"],
-        "MIN_BLOCKS": min_blocks,
+        "WARPS": occupancy.warps,
+        "MIN_BLOCKS": occupancy.blocks,
         **flags,
     }
+    launch(name, tensors[0].device, macros, grid, [*tensors, *numbers])
 
 
-def forward(
-    common: dict,
-    residual: torch.Tensor | None,
-    output: torch.Tensor,
-    query_map: torch.Tensor,
-    key_map: torch.Tensor,
-    output_scale: float,
+def blocks(name: str, warps: int) -> int:
+    return -(-warps // OCCUPANCY[name].warps)
+
+
+def sizes(common: dict) -> list[int]:
+    return [common["query_ptr"].shape[0], *(common[name] for name in SIZES)]
+
+
+def resident_warps(name: str, device: torch.device) -> int:
+    """How many warps of a kernel run at a time."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count * OCCUPANCY[name].blocks * OCCUPANCY[name].warps
+    )
+
+
+def local_forward(
+    common: dict, output: torch.Tensor, query_map: torch.Tensor, key_map: torch.Tensor, output_scale: float
 ) -> None:
     """Fills `output` and, unless they are empty, the maps."""
-    units = common["map_height"] * common["map_width"] // WINDOW_SIZE**2 * common["HEADS"]
-    flags = {"MAPS": query_map.numel() > 0, "RESIDUAL": residual is not None}
-    args = [
-        *tensors(common),
-        output if residual is None else residual,
-        output,
-        query_map,
-        key_map,
-        *(common[name] for name in SIZES),
+    name = "window4_local"
+    windows = output.shape[0] * common["map_height"] * common["map_width"] // WINDOW_SIZE**2
+    programs = min(windows, max(1, resident_warps(name, output.device) // common["HEADS"]))
+    run(
+        name,
+        common,
+        (blocks(name, programs * common["HEADS"]), 1, 1),
+        [*tensors(common), output, query_map, key_map],
+        programs,
+        *sizes(common),
         float(common["eps"]),
         float(output_scale),
-    ]
-    launch(
-        "window4_forward",
-        output.device,
-        macros(common, FORWARD_BLOCKS, **flags),
-        (blocks(units), output.shape[0]),
-        args,
+        MAPS=query_map.numel() > 0,
+    )
+
+
+def context_forward(common: dict, residual: torch.Tensor, output: torch.Tensor, output_scale: float) -> None:
+    """Fills `output`."""
+    name = "window4_context"
+    across, down = common["map_width"] // WINDOW_SIZE, common["map_height"] // WINDOW_SIZE
+    run(
+        name,
+        common,
+        (blocks(name, across * common["HEADS"]), down, output.shape[0]),
+        [*tensors(common, CONTEXT_TENSORS), residual, output],
+        *sizes(common),
+        float(output_scale),
     )
 
 
 def backward(common: dict, gradients, output_scale: float) -> None:
     """Fills the `window_attention.Gradients`."""
+    name = "window4_backward"
     output, programs = gradients.output, gradients.bias.shape[0]
     query, key, value, *others = tensors(common)
-    args = [
-        query,
-        key,
-        value,
-        output,
-        *others,
-        *(gradients.maps or (output, output)),
-        *gradients.inputs,
-        gradients.norms,
-        gradients.bias,
+    maps = gradients.maps or (output, output)
+    run(
+        name,
+        common,
+        (blocks(name, programs * common["HEADS"]), 1, 1),
+        [query, key, value, output, *others, *maps, *gradients.inputs, gradients.norms, gradients.bias],
         programs,
-        output.shape[0],
-        *(common[name] for name in SIZES),
+        *sizes(common),
         float(common["eps"]),
         float(output_scale),
-    ]
-    launch(
-        "window4_backward",
-        output.device,
-        macros(common, BACKWARD_BLOCKS, MAPS=gradients.maps is not None, RESIDUAL=False),
-        (blocks(programs * common["HEADS"]), 1),
-        args,
+        MAPS=gradients.maps is not None,
     )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import window4
+from .part_sums import sum_parts
 from .triton_backward import _backward, _backward_bias, _gather_table_gradient, _statistics
 from .triton_forward import _forward
 
@@ -153,8 +154,11 @@ def forward(
     query_map, key_map = query.new_empty(map_shape), query.new_empty(map_shape)
     residual = None if residual is None else residual.contiguous()
     with torch.cuda.device_of(query):
-        if window4.serves(common, residual):
-            window4.forward(common, residual, output, query_map, key_map, output_scale)
+        if preparation is not None and residual is None and window4.serves(common):
+            window4.local_forward(common, output, query_map, key_map, output_scale)
+            return output, query_map, key_map
+        if preparation is None and residual is not None and window4.serves(common, residual):
+            window4.context_forward(common, residual, output, output_scale)
             return output, query_map, key_map
         group = FORWARD_HEADS if common["TILES"] == 1 else 1
         _forward[windows * common["TILES"] * triton.cdiv(common["HEADS"], group), batch_size](
@@ -214,10 +218,14 @@ def backward(
         else:
             _launch_backward(common, gradients, output_scale)
         grad_table = torch.empty(bias_table.shape, dtype=bias_table.dtype, device=bias_table.device)
+        members = triton.next_power_of_2(window_size**2)
         _gather_table_gradient[grad_table.shape](
-            gradients.bias, grad_table, programs, heads, window_size, triton.next_power_of_2(window_size**2), PART=8
-        )
-    return *gradients.inputs, gradients.norms.sum((1, 2, 3)), grad_table
+            gradients.bias, grad_table, programs, heads, window_size, members,
+            PART=max(8, 1024 // members), num_warps=max(1, members // 64),
+        )  # fmt: skip
+    if preparation is None:
+        return *gradients.inputs, gradients.norms, grad_table
+    return *gradients.inputs, sum_parts(gradients.norms.flatten(1, 3), torch.float32), grad_table
 
 
 def _launch_backward(common: dict, gradients: Gradients, output_scale: float) -> None:
