@@ -23,6 +23,7 @@ from diffusers_localdit.conversion import load_original
 from diffusers_localdit.kernels import (
     install_triton_kernels,
     ops,
+    part_sums,
     query_gate,
     reference,
     uninstall_triton_kernels,
@@ -246,6 +247,27 @@ def test_cuda_kernels(cuda_launches, height, width, shift, heads, batch_size, dt
     )
     context = {"window4_context"} if with_maps else set()
     assert set(cuda_launches) == {"window4_local", "window4_backward"} | context
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="there is no g++")
+def test_large_queries_and_keys_stay_in_the_range_of_half_precision(cuda_launches):
+    """The norm takes their size away, also where they times its weight would be more than float16 can hold."""
+    query, key, value = (random_tensor(seed, 1, 16, 72).half() for seed in (1, 2, 3))
+    geometry = window_geometry(4, 4, 4, 1, (None, None), DEVICE)
+    weight = torch.full((72,), 8.0, device=DEVICE, dtype=torch.float16)
+    rest = (weight, weight, random_tensor(4, 49, 1).half(), None, None)
+    rest += (geometry.map_to_token, geometry.token_to_window, 4, 1e-10, 1.0, False)
+    expected = ops.local_window_attention(query, key, value, *rest)[0]
+    actual = ops.local_window_attention(4096 * query, 4096 * key, value, *rest)[0]
+    assert set(cuda_launches) == {"window4_local"}
+    assert torch.equal(actual, expected)  # powers of two change no rounding
+
+
+@pytest.mark.parametrize("parts", [1, 7, part_sums.MOST_PARTS + 6])
+def test_sum_of_parts(parts):
+    x = random_tensor(1, 2, parts, 21)
+    assert relative_error(part_sums.sum_parts(x, torch.float32), x.double().sum(1)) < 1e-6
 
 
 @given(
