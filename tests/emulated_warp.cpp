@@ -100,23 +100,29 @@ static float from_lane(float x, int other) {
     return as_float(all[other][0]);
 }
 
-// What is copied comes as late as it may: when it is waited for. A row that is used before, or written over, shows.
+// What is copied may come at once or as late as when it is waited for: every other copy does the one, the rest the other.
+// A row that is read before, or that is needed after, shows.
 struct Copy { void* to; const void* from; int bytes; bool present; };
 static std::deque<std::vector<Copy>> copies[LANES];  // by groups; the last one is open
+static bool at_once[LANES];
+
+static void carry_out(Copy c) {
+    std::memset(c.to, 0, c.bytes);
+    if (c.present) std::memcpy(c.to, c.from, c.bytes);
+}
 
 static void copy(void* to, const void* from, int bytes, bool present) {
     if (copies[lane].empty()) copies[lane].emplace_back();
-    copies[lane].back().push_back({to, from, bytes, present});
+    Copy c = {to, from, bytes, present};
+    if ((at_once[lane] ^= 1)) carry_out(c);
+    else copies[lane].back().push_back(c);
 }
 static void copy16(void* to, const void* from, bool present) { copy(to, from, 16, present); }
 static void copy4(void* to, const void* from, bool present) { copy(to, from, 4, present); }
 static void close_group() { copies[lane].emplace_back(); }
 static void WAIT_FOR_ALL_GROUPS_BUT(int pending) {
     for (; (int)copies[lane].size() > pending + 1; copies[lane].pop_front())
-        for (Copy c : copies[lane].front()) {
-            std::memset(c.to, 0, c.bytes);
-            if (c.present) std::memcpy(c.to, c.from, c.bytes);
-        }
+        for (Copy c : copies[lane].front()) carry_out(c);
 }
 
 static void converge() { give_turn(); }

@@ -32,6 +32,7 @@ from diffusers_localdit.kernels import (
     window_attention,
 )
 from diffusers_localdit.kernels.processor import LocalDiTTritonAttnProcessor
+from diffusers_localdit.kernels.triton_backward import _gather_table_gradient
 from diffusers_localdit.transformer_localdit import (
     GlobalContextQueryStage,
     LocalDiTWindowAttention,
@@ -319,12 +320,34 @@ def check_query_stage(height, width, channels, hidden, batch_size, dtype, weight
 
 
 @torch.no_grad()
-def test_gate_of_more_strips_than_are_summed_at_a_time():
-    means = random_tensor(1, query_gate.STRIPS + 6, 2, 6)
-    squeeze, excite, pointwise = (random_tensor(i, *shape) for i, shape in enumerate([(4, 6), (6, 4), (6, 6)]))
+def check_gate(strips, channels):
+    means = random_tensor(1, strips, 2, channels)
+    squeeze = random_tensor(2, 4, channels) / channels**0.5
+    excite, pointwise = random_tensor(3, channels, 4), random_tensor(4, channels, channels)
     gate = torch.sigmoid(F.gelu(means.double().sum(0) @ squeeze.double().T) @ excite.double().T)  # (B, C)
     actual = query_gate.gated_weight(means, squeeze, excite, pointwise, torch.float32)
     assert relative_error(actual, pointwise.double() * gate[:, None, :]) < TOLERANCE[torch.float32]
+
+
+def test_gate_of_more_strips_than_are_summed_at_a_time():
+    check_gate(query_gate.STRIPS + 6, 6)
+
+
+def test_gate_of_more_rows_than_a_program_has(monkeypatch):
+    monkeypatch.setattr(query_gate, "ROWS", 16)
+    monkeypatch.setattr(query_gate, "TILES", 2)
+    check_gate(3, 70)
+
+
+def test_table_gradient_of_more_programs_than_are_summed_at_a_time():
+    programs, heads, w = 11, 2, 3
+    grad_bias = random_tensor(1, programs, heads, w * w, w * w)
+    entry = window_geometry(w, w, w, 0, (None, None), DEVICE).relative_position.flatten()  # of each pair
+    expected = torch.zeros((2 * w - 1) ** 2, heads, dtype=torch.float64, device=DEVICE)
+    expected.index_add_(0, entry, grad_bias.double().sum(0).flatten(1).T)
+    actual = torch.empty_like(expected, dtype=torch.float32)
+    _gather_table_gradient[actual.shape](grad_bias, actual, programs, heads, w, 16, PART=4)
+    assert relative_error(actual, expected) < TOLERANCE[torch.float32]
 
 
 def test_operators_are_well_formed():
