@@ -403,16 +403,18 @@ __device__ __forceinline__ void attend(
     mix(mixed, packed, v);
 }
 
+__device__ __forceinline__ void store_numbers(half_bits* row, const float* x, int t) {
+    word packed[WORDS];
+    for (int i = 0; i < WORDS; i++) packed[i] = pack(x[2 * i], x[2 * i + 1]);
+    store_row(row, packed, t);
+}
+
 // To the tokens' own places.
 __device__ __forceinline__ void store_output(
     half_bits* output, const float (*mixed)[2 * WORDS], const Place& p, const Lane& lane
 ) {
-    for (int a = 0; a < 2; a++) {
-        if (!inside(p, a, lane)) continue;
-        word packed[WORDS];
-        for (int i = 0; i < WORDS; i++) packed[i] = pack(mixed[a][2 * i], mixed[a][2 * i + 1]);
-        store_row(output + in_image(p, a, lane), packed, lane.t);
-    }
+    for (int a = 0; a < 2; a++)
+        if (inside(p, a, lane)) store_numbers(output + in_image(p, a, lane), mixed[a], lane.t);
 }
 
 #ifdef WINDOW4_LOCAL
@@ -566,12 +568,8 @@ __device__ __forceinline__ void prepare_backward(
 __device__ __forceinline__ void store_gradient(
     half_bits* to, const float (*grad)[2 * WORDS], const Place& p, const Lane& lane
 ) {
-    for (int a = 0; a < 2; a++) {
-        if (!present(p, a, lane)) continue;
-        word packed[WORDS];
-        for (int i = 0; i < WORDS; i++) packed[i] = pack(grad[a][2 * i], grad[a][2 * i + 1]);
-        store_row(to + in_gradient(p, a, lane), packed, lane.t);
-    }
+    for (int a = 0; a < 2; a++)
+        if (present(p, a, lane)) store_numbers(to + in_gradient(p, a, lane), grad[a], lane.t);
 }
 
 __device__ __forceinline__ void add_staged(float (*x)[2 * WORDS], const Staged* from) {
