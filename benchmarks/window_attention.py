@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -342,6 +343,7 @@ def measure(problem: Problem, args: argparse.Namespace) -> tuple[float, dict[tup
         if (reason := why_not(name, problem, not args.no_bias)) is not None:
             not_measured[name] = reason
             continue
+        print(f"{name} is made ready and compared", file=sys.stderr, flush=True)
         function = CONTENDERS[name](problem)
         if name == "sdpa-compiled":
             function = torch.compile(function, fullgraph=True)
