@@ -493,10 +493,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) window4_con
     const half_bits* residual, half_bits* output,                          // (B, L, C)
     int batch_size, int batch_stride, int token_stride, int tokens, int map_height, int map_width, double output_scale
 ) {
-    int unit = blockIdx.x * WARPS + threadIdx.x / 32, across = unit / HEADS;
-    if (across >= map_width / 4) return;
+    int unit = blockIdx.x * WARPS + threadIdx.x / 32, column = unit / HEADS;
+    if (column >= map_width / 4) return;
     Lane lane = make_lane(unit % HEADS, map_to_token, token_to_window, batch_size, tokens, map_height, map_width);
-    Place p = {(int)blockIdx.z, (int)blockIdx.y * 4, across * 4};
+    Place p = {(int)blockIdx.z, (int)blockIdx.y * 4, column * 4};
     find_tokens(p, lane);
 
     word q[2][WORDS], k[2][WORDS], v[2][WORDS], r[2][WORDS];

@@ -86,7 +86,7 @@ def may_launch(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.version.cuda is not None and can_compile(tensor.device)
 
 
-def serves(common: dict, *others: torch.Tensor | None) -> bool:
+def serves(common: dict, *others: torch.Tensor) -> bool:
     """
     Whether the kernels are made for these sizes and types, and for tensors that lie so that 16 bytes can be read at
     once. `common` is what the Triton kernels of a call share, `others` are further tensors in half precision.
@@ -99,7 +99,7 @@ def serves(common: dict, *others: torch.Tensor | None) -> bool:
     return (
         (common["W"], common["HEAD_DIM"]) == (WINDOW_SIZE, HEAD_DIM)
         and query.dtype in (torch.float16, torch.bfloat16)
-        and all(x is None or (x.dtype == query.dtype and x.data_ptr() % 16 == 0) for x in halves)
+        and all(x.dtype == query.dtype and x.data_ptr() % 16 == 0 for x in halves)
         and all(x.dtype in (query.dtype, torch.float32) and x.data_ptr() % 16 == 0 for x in parameters)
         and all(x.dtype == torch.float32 and x.data_ptr() % 16 == 0 for x in floats)
         and all(x.dtype == torch.int64 for x in indices)
@@ -131,8 +131,8 @@ def launch(name: str, device: torch.device, macros: dict[str, int], grid: tuple[
     run(grid, (32 * macros["WARPS"], 1, 1), args)
 
 
-def run(name: str, common: dict, grid: tuple[int, int, int], tensors: list[torch.Tensor], *numbers, **flags) -> None:
-    """Launches a kernel. `common` is what the Triton kernels of a call share; `numbers` follow the tensors."""
+def run(name: str, common: dict, grid: tuple[int, int, int], args: list, **flags: bool) -> None:
+    """Launches a kernel, compiled for what `common`, which the Triton kernels of a call share, and `flags` say."""
     occupancy = OCCUPANCY[name]
     macros = {
         "HEADS": common["HEADS"],
@@ -144,7 +144,7 @@ def run(name: str, common: dict, grid: tuple[int, int, int], tensors: list[torch
         "MIN_BLOCKS": occupancy.blocks,
         **flags,
     }
-    launch(name, tensors[0].device, macros, grid, [*tensors, *numbers])
+    launch(name, common["query_ptr"].device, macros, grid, args)
 
 
 def blocks(name: str, warps: int) -> int:
@@ -173,11 +173,10 @@ def local_forward(
         name,
         common,
         (blocks(name, programs * common["HEADS"]), 1, 1),
-        [*tensors(common), output, query_map, key_map],
-        programs,
-        *sizes(common),
-        float(common["eps"]),
-        float(output_scale),
+        [
+            *(*tensors(common), output, query_map, key_map),
+            *(programs, *sizes(common), float(common["eps"]), float(output_scale)),
+        ],
         MAPS=query_map.numel() > 0,
     )
 
@@ -190,9 +189,7 @@ def context_forward(common: dict, residual: torch.Tensor, output: torch.Tensor, 
         name,
         common,
         (blocks(name, across * common["HEADS"]), down, output.shape[0]),
-        [*tensors(common, CONTEXT_TENSORS), residual, output],
-        *sizes(common),
-        float(output_scale),
+        [*tensors(common, CONTEXT_TENSORS), residual, output, *sizes(common), float(output_scale)],
     )
 
 
@@ -206,10 +203,9 @@ def backward(common: dict, gradients, output_scale: float) -> None:
         name,
         common,
         (blocks(name, programs * common["HEADS"]), 1, 1),
-        [query, key, value, output, *others, *maps, *gradients.inputs, gradients.norms, gradients.bias],
-        programs,
-        *sizes(common),
-        float(common["eps"]),
-        float(output_scale),
+        [
+            *(query, key, value, output, *others, *maps, *gradients.inputs, gradients.norms, gradients.bias),
+            *(programs, *sizes(common), float(common["eps"]), float(output_scale)),
+        ],
         MAPS=gradients.maps is not None,
     )
