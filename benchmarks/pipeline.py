@@ -4,7 +4,8 @@ A picture from end to end: seconds of each stage (text, denoising, decoding) and
 `--step-cache`, what is saved by computing once per call what all steps share.
 
 The pipeline is loaded as `localdit generate` loads it. `full_size.py` writes one of the full size. Memory is the
-largest resident set of this process in each stage, pages of mapped files included. The last line is JSON.
+largest resident set of this process in each stage, pages of mapped files included; on a GPU (`--device cuda`) what
+PyTorch holds there for tensors at most. The last line is JSON.
 """
 
 import argparse
@@ -47,16 +48,28 @@ def status(name: str) -> float:
 class Stages:
     """Seconds and peak memory of what runs in `with stages(name)`."""
 
-    def __init__(self, clock: Callable[[], float]):
-        self.clock, self.seconds, self.gigabytes = clock, {}, {}
+    def __init__(self, clock: Callable[[], float], device: torch.device):
+        self.clock, self.on_gpu, self.seconds, self.gigabytes = clock, device.type == "cuda", {}, {}
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        self.restart_peak()
         start = self.clock()
         yield
+        if self.on_gpu:
+            torch.cuda.synchronize()
         self.seconds.setdefault(name, []).append(self.clock() - start)
-        self.gigabytes[name] = max(self.gigabytes.get(name, 0), status("VmHWM"))
+        self.gigabytes[name] = max(self.gigabytes.get(name, 0), self.peak())
+
+    def restart_peak(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / 1e9 if self.on_gpu else status("VmHWM")
 
 
 def draw_in_stages(pipe: DiffusionPipeline, args: argparse.Namespace, stages: Stages) -> None:
@@ -64,8 +77,9 @@ def draw_in_stages(pipe: DiffusionPipeline, args: argparse.Namespace, stages: St
     guided = args.guidance_scale > 1
     size = args.image_size or pipe.transformer.config.sample_size * pipe.vae_scale_factor
     channels, side = pipe.transformer.config.caption_channels, size // pipe.vae_scale_factor
-    embeddings = (torch.randn(1, 120, channels), torch.ones(1, 120)) * (1 + guided) + (None, None) * (not guided)
-    latents = torch.randn(1, pipe.transformer.config.in_channels, side, side)
+    with args.device:
+        embeddings = (torch.randn(1, 120, channels), torch.ones(1, 120)) * (1 + guided) + (None, None) * (not guided)
+        latents = torch.randn(1, pipe.transformer.config.in_channels, side, side)
     if "text" in args.stages:
         with stages("text"):
             embeddings = pipe.encode_prompt(args.prompt, guided)
@@ -87,7 +101,7 @@ def draw_in_stages(pipe: DiffusionPipeline, args: argparse.Namespace, stages: St
 
 
 def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
-    stages = Stages(time.process_time if args.cpu_time else time.perf_counter)
+    stages = Stages(time.process_time if args.cpu_time else time.perf_counter, args.device)
     if args.memory is not None:
         room = round(args.memory * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (room, room))
@@ -99,13 +113,19 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
     for name, seconds in stages.seconds.items():
         spread = f"({min(seconds):.2f} to {max(seconds):.2f})"
         print(f"{name:10} {statistics.median(seconds):8.2f} s {spread:20} {stages.gigabytes[name]:6.2f} GB")
-    print(f"largest resident set {max(stages.gigabytes.values()):.2f} GB, {libraries:.2f} GB of it before loading")
+    most = max(stages.gigabytes.values())
+    if stages.on_gpu:
+        print(f"tensors on the GPU {most:.2f} GB at most")
+    else:
+        print(f"largest resident set {most:.2f} GB, {libraries:.2f} GB of it before loading")
     return {"seconds": stages.seconds, "gigabytes": stages.gigabytes, "libraries_gigabytes": libraries}
 
 
 def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    settings = {"model": args.model, "dtype": args.dtype, "device": "cpu", "vae_tile": args.vae_tile}
+    settings = {"model": args.model, "dtype": args.dtype, "device": args.device, "vae_tile": args.vae_tile}
     pipe = load_pipeline(LocalDiTPipeline, settings, args.offload)
+    if args.offload == "group":  # which `localdit` does not offer
+        pipe.enable_group_offload(onload_device=args.device, offload_type="leaf_level", use_stream=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -225,7 +245,7 @@ def measure_step_cache(args: argparse.Namespace) -> dict[str, Any]:
     pipe = open_pipeline(args)
 
     def denoise() -> float:
-        stages = Stages(clock)
+        stages = Stages(clock, args.device)
         draw_in_stages(pipe, args, stages)
         return stages.seconds["denoising"][0]
 
@@ -248,8 +268,9 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="the model's if it is not given")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
-    parser.add_argument("--dtype", choices=PICTURE_DTYPES, default=default_dtype(torch.device("cpu")))
-    parser.add_argument("--offload", choices=["none", "disk"], default="none")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", choices=PICTURE_DTYPES, help="that of `localdit generate` if it is not given")
+    parser.add_argument("--offload", choices=["none", "disk", "model", "sequential", "group"], default="none")
     parser.add_argument("--vae-tile", type=int)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--memory", type=float, metavar="GB", help="a limit that the process may not go beyond")
@@ -259,10 +280,12 @@ def main() -> None:
     parser.add_argument("--step-cache", action="store_true", help="compare with and without it")
     parser.add_argument("--least-psnr", type=float, default=30.0, help="of the pictures made with a cache")
     args = parser.parse_args()
+    args.dtype = args.dtype or default_dtype(args.device)
 
     measure = measure_caches if args.caches else measure_step_cache if args.step_cache else measure_stages
     report = measure(args)
-    print(json.dumps(vars(args) | {"threads": torch.get_num_threads()} | report))
+    settings = vars(args) | {"device": str(args.device), "threads": torch.get_num_threads()}
+    print(json.dumps(settings | report))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def attend(query, key, value, bias_table, map_to_token, token_to_window, window_
     label = regions(map_to_token, token_to_window, window_size)
     label = rearrange(label, "(y h) (x w) -> y x 1 (h w)", h=window_size, w=window_size)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias_table[entry].permute(2, 0, 1)
-    scores = scores + MASK_VALUE * (label[..., :, None] != label[..., None, :])
+    scores = scores + MASK_VALUE * (label[..., :, None] != label[..., None, :]).to(scores.dtype)
     return rearrange(
         scores.softmax(-1) @ value, "b y x n (h w) d -> b (y h) (x w) (n d)", h=window_size, w=window_size
     )
