@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow style
 
+# pip would compile one file after the other, which takes as long as all the rest. Not every file of a package compiles.
+INSTALL := $(BIN)/pip install --quiet --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
+
 # torch comes first and by its exact pin, so that nothing else decides which build is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --constraint constraints.txt --editable .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) --constraint constraints.txt --editable ".[dev]"
+	$(COMPILE)
 	touch $@
 
 demo: $(VENV)/installed
