@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformer_inputs import tiny_transformer
+from transformer_inputs import relative_error, tiny_transformer
 
-from diffusers_localdit.kernels import install_triton_kernels, why_not_triton
+from diffusers_localdit.kernels import install_triton_kernels, reference, why_not_triton
+from diffusers_localdit.transformer_localdit import window_geometry
 
 CHECKS = Path(__file__).parent / "kernel_checks.py"
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU from Ampere on
@@ -38,6 +39,21 @@ def test_under_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu():
     run_checks(TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_computes_in_half_precision(dtype):
+    """As the benchmark of the operator has it, beside the kernels."""
+    torch.manual_seed(0)
+    geometry = window_geometry(5, 8, 4, 1, (None, None), torch.device("cpu"))
+    shapes = [(1, *geometry.map_to_token.shape, 16)] * 3 + [(49, 2), (1, 40, 16)]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    output, expected = (
+        reference.context_window_attention(*numbers, geometry.map_to_token, geometry.token_to_window, 4, 0.5)
+        for numbers in (tensors, [x.double() for x in tensors])
+    )
+    assert output.dtype == dtype
+    assert relative_error(output, expected) < 1e-2
 
 
 def test_the_package_works_without_triton():
