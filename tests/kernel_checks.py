@@ -204,7 +204,7 @@ def assert_same_in_place(tokens, weights, dtype, arguments):
     rope=st.booleans(),
     with_maps=st.booleans(),
 )
-@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3 * MANY, derandomize=True, database=None)
 def test_window_attention(height, width, window_size, layer, **arguments):
     check_window_attention(height, width, window_size, layer % window_size, **arguments)
 
@@ -278,7 +278,7 @@ def test_sum_of_parts(parts):
     batch_size=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3 * MANY, derandomize=True, database=None)
 def test_depthwise_gelu(height, width, channels, batch_size, dtype):
     tensors = [random_tensor(1, batch_size, height, width, channels), random_tensor(2, channels, 1, 3, 3)]
     assert_same(ops.depthwise_gelu, reference.depthwise_gelu, tensors, dtype)
@@ -293,7 +293,7 @@ def test_depthwise_gelu(height, width, channels, batch_size, dtype):
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     weight_dtype=st.sampled_from([None, torch.float32]),  # autocast leaves weights in float32
 )
-@settings(max_examples=3 * MANY, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3 * MANY, derandomize=True, database=None)
 def test_query_stage_without_gradients(**arguments):
     check_query_stage(**arguments)
 

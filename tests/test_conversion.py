@@ -207,7 +207,7 @@ class TestGlobalContext:
 
 
 class TestWrappedFiles:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         prefixes=st.lists(st.sampled_from(["module.", "_orig_mod."]), max_size=3),
         wrappers=st.lists(st.sampled_from(["state_dict", "model", "ema"]), max_size=3),

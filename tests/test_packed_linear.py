@@ -56,7 +56,7 @@ class TestPackedLinear:
         turned=st.booleans(),
         seed=st.integers(0, 999),
     )
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_is_the_linear(self, tokens, inputs, outputs, bias, dtype, turned, seed):
         generator = torch.Generator().manual_seed(seed)
         linear = nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)

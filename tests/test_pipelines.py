@@ -32,7 +32,7 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 from pipeline_fixtures import make_components
@@ -506,7 +506,6 @@ class TestImages:
         assert scheduler.step_index == steps
 
     @given(steps=st.integers(1, 1000))
-    @settings(deadline=None)
     def test_smallest_strength_in_the_message_is_valid(self, components, steps):
         pipe = LocalDiTImg2ImgPipeline(**components)
         pipe.scheduler.set_timesteps(steps)
@@ -807,7 +806,6 @@ class TestRefusals:
         assert not transformer_calls
 
     @given(size=st.integers(-100, 5000))
-    @settings(deadline=None)
     def test_nearest_size_in_the_message(self, components, size):
         pipe = LocalDiTPipeline(**components)
         arguments = [1, 1, 120, "pil", []]

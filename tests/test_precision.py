@@ -57,7 +57,7 @@ class TestInt8Linear:
         magnitude=st.sampled_from([1e-20, 1e-3, 1.0, 1e4, 1e20]),
         seed=st.integers(0, 999),
     )
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def test_error_is_that_of_rounding(self, inputs, outputs, magnitude, seed):
         generator = torch.Generator().manual_seed(seed)
         linear = nn.Linear(inputs, outputs).double()

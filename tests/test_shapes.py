@@ -181,7 +181,7 @@ def test_faint_objects_are_those_nearest_to_the_empty_picture_as_latents():
 
 
 @given(seed=seeds, kind=kinds)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_objects_are_whole_and_apart_and_as_related(seed, kind):
     scene = scenes.sample_scene(np.random.default_rng(seed), kind)
     for i, a in enumerate(scene.objects):
@@ -280,7 +280,6 @@ def test_upside_down_triangles_and_bars_are_no_shape(corners):
 
 
 @given(bits=st.lists(st.booleans(), min_size=36, max_size=36))
-@settings(deadline=None)
 def test_regions_are_those_of_a_flood_fill(bits):
     mask = np.array(bits).reshape(6, 6)
     labels = label_regions(mask)

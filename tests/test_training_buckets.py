@@ -98,7 +98,7 @@ def test_epochs_differ_in_order_company_and_remainder():
     assert not np.array_equal(epochs[0], plan_epoch(plan, 10, 1, 0))
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(st.integers(0, 100))
 def test_shuffling_is_fair(seed):
     """Each of 10 places of a sample is met about equally often over the epochs."""

@@ -145,7 +145,7 @@ def test_truncated_pictures_are_refused(kind):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.sampled_from(["jpeg", "png", "webp", "tiff", "bmp"]), st.integers(0), st.binary(min_size=1, max_size=8))
 def test_damage_raises_nothing_else(kind, place, damage):
     content = bytearray(encoded(Image.fromarray(PIXELS), kind))
@@ -197,7 +197,7 @@ def test_shrinking_is_antialiased():
     assert small[:, 4:-4, 4:-4].abs().max() < 0.02
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(*[st.integers(1, 70)] * 4, st.sampled_from(["center", "random"]), st.integers(0, 255))
 def test_any_size_to_any_size(height, width, new_height, new_width, crop, value):
     image = Image.new("RGB", (width, height), (value, value, value))

@@ -36,7 +36,7 @@ def model():
 
 
 @given(height=st.integers(1, 14), width=st.integers(1, 14))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @torch.no_grad()
 def test_any_size_keeps_its_shape(model, height, width):
     inputs = random_inputs(2 * height, 2 * width, batch_size=1)
