@@ -200,7 +200,7 @@ def measure_caches(args: argparse.Namespace) -> dict[str, Any]:
             guidance_scale=args.guidance_scale,
             generator=generators,
             output_type="latent",
-        ).images
+        ).images.cpu()  # which waits for a GPU
         return latents, clock() - start
 
     def psnr(latents: torch.Tensor) -> float:
