@@ -4,8 +4,10 @@ to be chosen before Triton is imported, and on a GPU. Memory that PyTorch leaves
 meanwhile, so that a place that no kernel writes shows.
 """
 
+import copy
 import json
 import os
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -479,6 +481,22 @@ def test_a_query_stage_heeds_adapters_without_gradients(adapted, monkeypatch):
     assert len(whole_stages) == (adapted is None)
 
 
+@pytest.mark.parametrize(
+    "hooked", ["global_context", "global_context.query_stages.0", "global_context.query_stages.1"]
+)
+def test_hooks_in_the_global_branch_are_called(hooked):
+    module = LocalDiTWindowAttention(24, heads=2, window_size=2, use_global_context=True).to(DEVICE)
+    calls = []
+    module.get_submodule(hooked).register_forward_hook(lambda *arguments: calls.append(hooked))
+    tokens, geometry = random_tensor(1, 2, 12, 24), window_geometry(3, 4, 2, 1, (None, None), DEVICE)
+    expected = module(tokens, geometry)
+    module.set_processor(LocalDiTTritonAttnProcessor())
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert relative_error(module(tokens, geometry), expected) < 1e-5
+    assert calls == [hooked] * 3
+
+
 @torch.no_grad()
 def test_a_map_with_gaps_is_no_place_for_a_query_stage():
     weights = [random_tensor(i, *shape) for i, shape in enumerate([(8, 1, 3, 3), (2, 8), (8, 2), (8, 8)])]
@@ -544,7 +562,8 @@ def test_install_and_uninstall():
     processors = {name: type(processor) for name, processor in model.attn_processors.items()}
     assert why_not_triton(model) is None
     install_triton_kernels(model)
-    assert isinstance(model.transformer_blocks[0].attn.processor, LocalDiTTritonAttnProcessor)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(copied.transformer_blocks[0].attn.processor, LocalDiTTritonAttnProcessor)
     uninstall_triton_kernels(model)
     assert {name: type(processor) for name, processor in model.attn_processors.items()} == processors
 
@@ -579,6 +598,16 @@ def test_a_call_in_an_unfit_dtype_is_refused():
     inputs = map_tensors(lambda x: x.to(DEVICE, torch.float64), random_inputs())
     with pytest.raises(RuntimeError, match="uninstall_triton_kernels"):
         model.double()(**inputs)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_derivatives_are_refused(enabled):
+    model = tiny_transformer(num_layers=1).to(DEVICE)
+    install_triton_kernels(model)
+    inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs())
+    latents = inputs.pop("hidden_states")
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"), torch.set_grad_enabled(enabled):
+        torch.func.jvp(lambda x: model(x, **inputs).sample, (latents,), (latents,))
 
 
 def test_weights_that_were_left_elsewhere_are_refused():

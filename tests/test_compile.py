@@ -86,3 +86,31 @@ def test_training_compiles_with_queries_in_parts(monkeypatch):
         counts.append(len(cut))
     assert cut[0] and not cut[-1]
     assert counts[0] == counts[1] < counts[2]
+
+
+@pytest.mark.slow
+def test_checkpointed_blocks_compile_with_sizes_that_vary():
+    model = tiny_transformer(num_layers=2)
+    model.enable_gradient_checkpointing()
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    inputs = random_inputs()
+    expected = model(**inputs).sample
+    output = compiled(**inputs).sample
+    assert relative_error(output, expected) < 1e-6
+    output.sum().backward()  # runs the blocks again
+
+
+@torch.no_grad()
+def test_exported_it_takes_any_batch_and_text():
+    batch, text = torch.export.Dim("batch", min=2, max=16), torch.export.Dim("text", min=2, max=300)
+    shapes = {
+        "hidden_states": {0: batch},
+        "encoder_hidden_states": {0: batch, 1: text},
+        "timestep": {0: batch},
+        "added_cond_kwargs": {"resolution": {0: batch}, "aspect_ratio": {0: batch}},
+        "encoder_attention_mask": {0: batch, 1: text},
+    }
+    model = tiny_transformer(num_layers=1)
+    program = torch.export.export(model, (), random_inputs(batch_size=3), dynamic_shapes=shapes, strict=False)
+    others = random_inputs(batch_size=5, text_tokens=9)
+    assert relative_error(program.module()(**others).sample, model(**others).sample) < 1e-6

@@ -6,6 +6,7 @@ here they are also compiled for GPUs, for which none is needed.
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_without_a_compiler_for_cuda_triton_serves(monkeypatch, caplog):
         assert not window4.may_launch(tensor)
     assert caplog.text.count("Triton's are used instead, which are slower: Could not find libnvrtc") == 1
     window4.can_compile.cache_clear()
+
+
+def test_threads_compile_one_after_the_other(monkeypatch):
+    """Each sets a folder in PyTorch for the time of it."""
+    pytest.importorskip("triton")
+    from torch.utils import cpp_extension
+
+    from diffusers_localdit.kernels import window4
+
+    def compile_kernel(*arguments):
+        folders = {cpp_extension.CUDA_HOME}
+        time.sleep(0.05)
+        return folders | {cpp_extension.CUDA_HOME}
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with ThreadPoolExecutor(max_workers=3) as threads:
+        folders = [*threads.map(window4.compile_kernel, *["abc"] * 2)]
+    assert folders == [{"no-toolkit"}] * 3 and cpp_extension.CUDA_HOME is None
 
 
 def test_each_thread_joins_the_context_before_its_first_launch(monkeypatch):

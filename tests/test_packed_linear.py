@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -24,6 +25,10 @@ needs_packing = pytest.mark.skipif(
 )
 HALF_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+needs_int8 = pytest.mark.skipif(why_not_int8(CPU) is not None, reason=str(why_not_int8(CPU)))
+all_kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(PackedLinear, marks=needs_packing), pytest.param(Int8Linear, marks=needs_int8)]
+)
 
 
 def load(**options) -> LocalDiTTransformer2DModel:
@@ -108,6 +113,49 @@ class TestPackedLinear:
             torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4))
 
 
+@all_kinds
+class TestWhatIsKeptForTheProcessor:
+    """Of no use to a copy or a file: they have the weight, and pack it again."""
+
+    @both_dtypes
+    def test_copies(self, kind, dtype):
+        x, layer = torch.randn(5, 16, dtype=dtype), kind(nn.Linear(16, 3, dtype=dtype))
+        expected = layer(x)
+        for copied in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(copied(x), expected)
+            assert copied.state_dict().keys() == layer.state_dict().keys() == {"weight", "bias"}
+
+    @both_dtypes
+    def test_a_state_dict_is_loaded(self, kind, dtype):
+        x, others = torch.randn(5, 16, dtype=dtype), nn.Linear(16, 3, dtype=dtype)
+        layer = kind(nn.Linear(16, 3, dtype=dtype))
+        layer.load_state_dict(others.state_dict())
+        assert torch.equal(layer(x), kind(others)(x))
+
+    def test_an_unfit_state_dict_is_refused(self, kind):
+        layer, others = kind(nn.Linear(16, 3)), nn.Linear(17, 3).state_dict()
+        before = layer.weight
+        with pytest.raises(RuntimeError, match=r"weight must be of shape \(3, 16\), not \(3, 17\)"):
+            layer.load_state_dict(others)
+        with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
+            layer.load_state_dict({"bias": others["bias"]})
+        assert torch.equal(layer.weight, before)
+
+    def test_hooks_are_not_lost(self, kind):
+        """Nor is a model in float8, which a hook of layerwise casting computes with."""
+        transformer = load()
+        transformer.transformer_blocks[1].ff.net[2].register_forward_hook(lambda *arguments: None)
+        with pytest.raises(ValueError, match="a hook on the linear layer '2' is in the way"):
+            (pack_linears if kind is PackedLinear else quantize_int8)(transformer)
+        assert {type(module) for module in transformer.modules()}.isdisjoint({PackedLinear, Int8Linear})
+
+
+@needs_int8
+def test_quantized_weights_follow_the_model_into_another_dtype():
+    layer = Int8Linear(nn.Linear(16, 3)).to(torch.bfloat16)
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {torch.bfloat16}
+
+
 @needs_packing
 class TestPackedModel:
     @pytest.mark.parametrize("use_global_context", [True, False])
@@ -155,7 +203,7 @@ class TestPackedModel:
             output = forward(model)
             assert (output - expected).norm() < 1e-6 * expected.norm()
 
-    @pytest.mark.skipif(why_not_int8(CPU) is not None, reason=str(why_not_int8(CPU)))
+    @needs_int8
     def test_quantized_afterwards_it_is_in_int8(self):
         output = forward(quantize_int8(pack_linears(load())))
         assert torch.equal(output, forward(quantize_int8(load())))

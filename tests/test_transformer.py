@@ -12,6 +12,8 @@ from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
@@ -179,6 +181,40 @@ def test_geometry_of_inference_mode_serves_training(model):
     model.zero_grad()
 
 
+def test_geometry_of_fake_tensors_serves_nobody_else():
+    cached_token_map_geometry.cache_clear()
+    model, inputs = tiny_transformer(num_layers=1), random_inputs()
+    for _ in range(2):  # before a call on real tensors, and after it
+        traced = make_fx(
+            lambda latents: model(**{**inputs, "hidden_states": latents}).sample,
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(inputs["hidden_states"])
+        output = model(**inputs).sample
+        assert type(output) is torch.Tensor
+        assert relative_error(traced(inputs["hidden_states"]), output) < 1e-6
+
+
+def test_gradients_of_each_sample_by_vmap():
+    model, inputs = tiny_transformer(num_layers=1), random_inputs()
+    names = ("encoder_hidden_states", "timestep", "encoder_attention_mask")
+    sizes = {name: size[:1] for name, size in inputs["added_cond_kwargs"].items()}
+
+    def loss(weights, latent, *others):
+        others = {name: value[None] for name, value in zip(names, others)}
+        others = {"hidden_states": latent[None], "added_cond_kwargs": sizes, **others}
+        return functional_call(model, weights, (), others).sample.square().mean()
+
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    samples = inputs["hidden_states"], *(inputs[name] for name in names)
+    gradients = vmap(grad(loss), in_dims=(None, *[0] * len(samples)))(weights, *samples)
+    for i in range(2):
+        expected = grad(loss)(weights, *(value[i] for value in samples))
+        # All together: the bias of the keys, for one, has a gradient by rounding alone.
+        actual = torch.cat([gradients[name][i].flatten() for name in weights])
+        assert relative_error(actual, torch.cat([expected[name].flatten() for name in weights])) < 1e-5
+
+
 @pytest.mark.parametrize("use_global_context", [True, False])
 @pytest.mark.parametrize("height, width", [(16, 24), (20, 12)])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
@@ -286,6 +322,25 @@ def test_feed_forward_with_the_gelu_fused_into_the_linear(monkeypatch):
     expected = feed_forward(x)
     monkeypatch.setattr(transformer_localdit, "may_fuse_gelu", lambda *arguments: True)
     assert relative_error(feed_forward(x), expected) < (1e-2 if device == "cuda" else 1e-3)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("changed", ["hook", "replaced"])
+def test_feed_forward_heeds_what_is_put_around_its_gelu(place, changed, monkeypatch):
+    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 4 * 24)
+    feed_forward = LocalDiTFeedForward(24, activation_fn="gelu-approximate")
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    before = feed_forward(x)
+    if changed == "hook":
+        feed_forward.net[place].register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        kind = type(feed_forward.net[place])
+        doubled = {"forward": lambda self, x: 2 * kind.forward(self, x)}
+        feed_forward.net[place].__class__ = type("Doubled", (kind,), doubled)
+    expected = feed_forward(x)
+    assert relative_error(expected, before) > 0.1
+    with torch.no_grad():
+        assert relative_error(feed_forward(x), expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -514,10 +569,13 @@ def test_impossible_configurations_are_refused(config, message):
         ({"hidden_states": torch.zeros(2, 4, 15, 16)}, "multiples of the patch size 2"),
         ({"added_cond_kwargs": None}, "added_cond_kwargs"),
         ({"added_cond_kwargs": {"resolution": torch.zeros(2, 2)}}, "aspect_ratio"),
+        ({"encoder_attention_mask": torch.ones(2, 3)}, r"here \(2, 7\), but has \(2, 3\)"),
+        ({"encoder_attention_mask": torch.ones(2, 1, 7)}, r"has \(2, 1, 7\)"),
     ],
 )
-def test_unusable_inputs_are_refused(model, change, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("grad", [True, False])
+def test_unusable_inputs_are_refused(model, change, message, grad):
+    with pytest.raises(ValueError, match=message), torch.set_grad_enabled(grad):
         model(**{**random_inputs(), **change})
 
 

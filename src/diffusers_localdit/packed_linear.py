@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .transformer_localdit import is_untouched
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # For products of about how many tokens to lay weights out: a slab of the transformer. Others find them as good.
 TOKENS = 1024
@@ -42,7 +44,7 @@ def pack_linears(transformer: nn.Module) -> nn.Module:
     Lays the weights of the linear layers in the blocks out for the processor, in place and for inference only. Results
     differ from those of the unpacked model by rounding at most.
 
-    The state dict stays what it was, to the bit.
+    The state dict stays what it was, to the bit, and may be loaded.
 
     Args:
         transformer ([`LocalDiTTransformer2DModel`]):
@@ -53,7 +55,7 @@ def pack_linears(transformer: nn.Module) -> nn.Module:
         [`LocalDiTTransformer2DModel`]: The same model.
 
     Raises:
-        `ValueError`: If packed weights do not serve where the model is, or the model has LoRA layers.
+        `ValueError`: If packed weights do not serve where the model is, or it has LoRA layers or hooks on linears.
     """
     if reason := why_not_packed(transformer.device, transformer.dtype):
         raise ValueError(reason)
@@ -68,16 +70,28 @@ def replace_linears(transformer: nn.Module, kinds: list[type], make: Callable[[n
     """
     if getattr(transformer, "peft_config", None):
         raise ValueError("LoRA layers are in the way; call `fuse_lora()` and `unload_lora_weights()` first")
-    for module in list(transformer.transformer_blocks.modules()):
-        for name, child in module.named_children():
-            if type(child) in kinds and type(child.weight) in (nn.Parameter, torch.Tensor):
-                setattr(module, name, make(child))
+    places = [
+        (module, name, child)
+        for module in transformer.transformer_blocks.modules()
+        for name, child in module.named_children()
+        if type(child) in kinds and type(child.weight) in (nn.Parameter, torch.Tensor)
+    ]
+    for _, name, child in places:
+        if not is_untouched(child):
+            raise ValueError(
+                f"a hook on the linear layer {name!r} is in the way (one's own, of layerwise casting or offloading), "
+                "for the layer in its place would not call it; remove such hooks before"
+            )
+    for module, name, child in places:
+        setattr(module, name, make(child))
 
 
 class FrozenLinear(nn.Module):
     r"""
     What layers have in common that compute a linear in a way of their own, without gradients and on the CPU. Each has
-    a property `weight`, `(out, in)`, of the numbers that it computes by: the state dict has it beside the bias.
+    a method `pack` that takes a weight and keeps it as the processor wants it, as no tensor that a state dict, `to`, a
+    copy or a device could take, and a property `weight`, `(out, in)`, of the numbers that it computes by: the state
+    dict has it beside the bias.
 
     Args:
         linear (`torch.nn.Linear`): The layer in whose place it computes.
@@ -88,6 +102,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_dtype = linear.weight.dtype
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.pack(linear.weight.detach())
 
     def check(self, hidden_states: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -99,6 +114,30 @@ class FrozenLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *messages) -> None:
+        others = dict(state_dict)
+        weight = others.pop(f"{prefix}weight", None)
+        if weight is None:
+            missing_keys.append(f"{prefix}weight")
+        elif weight.shape != (self.out_features, self.in_features):
+            messages[-1].append(
+                f"{prefix}weight must be of shape {(self.out_features, self.in_features)}, not {tuple(weight.shape)}."
+            )
+        else:
+            self.pack(weight.detach().to("cpu", self.weight_dtype))
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *messages)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: the weight as it is in the state dict, to be packed again."""
+        return {name: value for name, value in self.__dict__.items() if name not in self.packed} | {
+            "weight": self.weight
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weight = state.pop("weight")
+        super().__setstate__(state)
+        self.pack(weight)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -106,10 +145,10 @@ class FrozenLinear(nn.Module):
 class PackedLinear(FrozenLinear):
     r"""A linear layer through oneDNN, with its weight laid out once."""
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear)
-        # No tensor that a state dict, `to` or a device could take.
-        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), TOKENS)
+    packed = ("packed_weight",)
+
+    def pack(self, weight: torch.Tensor) -> None:
+        self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
 
     @property
     def weight(self) -> torch.Tensor:

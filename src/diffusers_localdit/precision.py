@@ -8,6 +8,7 @@ same sums.
 """
 
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def quantize_int8(transformer: LocalDiTTransformer2DModel) -> LocalDiTTransforme
         [`LocalDiTTransformer2DModel`]: The same model.
 
     Raises:
-        `ValueError`: If int8 cannot serve where the model is, or the model has LoRA layers.
+        `ValueError`: If int8 cannot serve where the model is, or it has LoRA layers or hooks on linears.
     """
     if reason := why_not_int8(transformer.device):
         raise ValueError(reason)
@@ -85,15 +86,20 @@ def quantize_int8(transformer: LocalDiTTransformer2DModel) -> LocalDiTTransforme
 class Int8Linear(FrozenLinear):
     r"""A linear layer in int8."""
 
-    def __init__(self, linear: nn.Linear | PackedLinear):
-        super().__init__(linear)
-        weight = linear.weight.detach().float()  # (out, in)
+    packed = ("packed_weight", "weight_scale", "weight_zero_point")
+
+    def pack(self, weight: torch.Tensor) -> None:
+        weight = weight.float()  # (out, in)
         scale = (weight.abs().amax(dim=1, keepdim=True) / WEIGHT_LIMIT).clamp_min_(TINY)
         rounded = (weight / scale).round_().to(torch.int8)
-        # Laid out as the processor wants it: no tensor that a state dict, `to` or a device could take.
         self.packed_weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.weight_scale = scale.flatten()
         self.weight_zero_point = torch.zeros(self.out_features, dtype=torch.long)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # `to(dtype)` concerns the weight in the state dict as it does the bias.
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> torch.Tensor:

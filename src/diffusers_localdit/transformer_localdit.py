@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -418,6 +419,7 @@ def attention(
         key,
         value,
         attn_mask=bias,
+        dropout_p=0.0,  # as by default, but without a value here Dynamo fails at this call in a checkpointed block
         backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )
@@ -713,10 +715,16 @@ def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
+def widens_as_built(widen: nn.Module, dropout: nn.Module) -> bool:
+    """Whether nobody has put something in the place of a feed-forward's GELU or expects to be told of its calls."""
+    built = type(widen) is GELU and widen.approximate == "tanh" and type(dropout) is nn.Dropout
+    return built and is_untouched(widen) and is_untouched(dropout)
+
+
 def may_fuse_gelu(hidden_states: torch.Tensor, widen: nn.Module) -> bool:
     """Whether cuBLAS may apply the GELU to what a linear gives, which saves two passes over it; it has no gradient."""
     half = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    if not (hidden_states.is_cuda and half) or torch.is_grad_enabled() or not is_untouched(widen):
+    if not (hidden_states.is_cuda and half) or torch.is_grad_enabled():
         return False
     # No autocast: PyTorch has none for this operator.
     return is_plain(widen.proj, hidden_states) and widen.proj.weight.dtype == hidden_states.dtype
@@ -726,11 +734,13 @@ class LocalDiTFeedForward(FeedForward):
     r"""diffusers' feed-forward with a tanh-approximate GELU; large inputs on a CPU in slabs, widened in place."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if may_fuse_gelu(hidden_states, self.net[0]):
+        widen, dropout, narrow = self.net
+        if not widens_as_built(widen, dropout):
+            return super().forward(hidden_states)
+        if may_fuse_gelu(hidden_states, widen):
             return self._fused(hidden_states)
         if not saves_passes(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
             return super().forward(hidden_states)
-        widen, _, narrow = self.net
         # Allocating four times the width of the network anew costs as much as the GELU.
         return slab_by_slab(lambda slab: narrow(gelu_tanh_(widen.proj(slab))), hidden_states)
 
@@ -806,7 +816,9 @@ class LocalDiTPatchEmbed(nn.Module):
 
     def forward(self, latent: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
         # With channels last in memory the result lies as (B, L, C) already: there is nothing to copy.
-        patches = self.proj(latent.contiguous(memory_format=torch.channels_last))
+        # This is `torch.channels_last`, which `vmap` does not know.
+        latent = latent.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        patches = self.proj(latent)
         tokens = patches.flatten(2).transpose(1, 2).contiguous()  # (B, L, C)
         return (tokens + pos_embed).to(tokens.dtype)
 
@@ -819,7 +831,8 @@ class LocalDiTTransformer2DModel(
     branch, as released by DATAGRID.
 
     Where no gradients are wanted, results overwrite what is not needed any more. A forward hook of one's own that
-    keeps what a layer inside a block returns must therefore clone it, or call the model with gradients.
+    keeps what a layer inside a block returns must therefore clone it, or call the model with gradients, and so must an
+    attention processor of one's own that keeps what it returns.
 
     Args:
         num_attention_heads (`int`, defaults to `16`): Number of heads of every attention.
@@ -954,8 +967,9 @@ class LocalDiTTransformer2DModel(
 
     def _geometry(self, height: int, width: int, device: torch.device) -> TokenMapGeometry:
         config = self.config
-        # A compiled graph computes it; a cache would tie the graph to one size.
-        build = token_map_geometry if torch.compiler.is_compiling() else cached_token_map_geometry
+        # A compiled graph computes it; a cache would tie the graph to one size, and hand fake tensors to later calls.
+        traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None
+        build = token_map_geometry if traced else cached_token_map_geometry
         return build(
             height,
             width,
@@ -1025,7 +1039,8 @@ class LocalDiTTransformer2DModel(
             that tensor.
 
         Raises:
-            `ValueError`: If height or width is not a multiple of `patch_size`, or `added_cond_kwargs` lacks an entry.
+            `ValueError`: If height or width is not a multiple of `patch_size`, `added_cond_kwargs` lacks an entry, or
+            `encoder_attention_mask` does not have a number for each text token.
         """
         latent_height, latent_width = hidden_states.shape[-2:]
         patch_size = self.config.patch_size
@@ -1036,6 +1051,12 @@ class LocalDiTTransformer2DModel(
             )
         if added_cond_kwargs is None or not {"resolution", "aspect_ratio"} <= added_cond_kwargs.keys():
             raise ValueError("`added_cond_kwargs` must hold `resolution` (batch, 2) and `aspect_ratio` (batch, 1).")
+        mask_shape = None if encoder_attention_mask is None else encoder_attention_mask.shape
+        if mask_shape is not None and (len(mask_shape) != 2 or mask_shape[1] != encoder_hidden_states.shape[1]):
+            raise ValueError(
+                f"`encoder_attention_mask` must have the shape (batch, text_tokens), here"
+                f" {tuple(encoder_hidden_states.shape[:2])}, but has {tuple(mask_shape)}."
+            )
         height, width = latent_height // patch_size, latent_width // patch_size
         geometry = self._geometry(height, width, hidden_states.device)
 
@@ -1053,7 +1074,7 @@ class LocalDiTTransformer2DModel(
         )
         # By batch size, since FasterCache leaves out the unconditional half of the batch in some steps.
         text = once(
-            step_cache, ("text", len(timestep)), lambda: self.caption_projection(encoder_hidden_states)
+            step_cache, ("text", timestep.shape[0]), lambda: self.caption_projection(encoder_hidden_states)
         )  # (B, T, C)
         if encoder_attention_mask is not None:
             encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * MASK_VALUE

@@ -4,6 +4,7 @@
 import importlib.util
 
 import torch
+from torch.autograd import forward_ad
 
 from ..transformer_localdit import (
     GlobalContextQueryStage,
@@ -70,6 +71,8 @@ def why_not_call(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> str | N
             f"The kernels read weights without calling the modules that hold them, but some are on"
             f" {attn.norm_q.weight.device.type!r}: offload whole models or blocks, not single layers."
         )
+    if forward_ad.unpack_dual(tokens).tangent is not None:  # which the operators would drop without a word
+        return "The kernels have no derivative in forward mode."
     return why_not_tensor(tokens)
 
 
@@ -90,6 +93,8 @@ class LocalDiTTritonAttnProcessor:
     Shifted-window attention with an optional global-context branch, each branch in one kernel that reads queries, keys
     and values once and writes the output once; trainable. Computes what [`LocalDiTWindowAttnProcessor`] computes.
 
+    The kernels read the weights of the norms of query and key: hooks on these two are not called.
+
     Install it with [`install_triton_kernels`].
     """
 
@@ -100,6 +105,9 @@ class LocalDiTTritonAttnProcessor:
 
         self.ops = ops
 
+    def __reduce__(self):  # for copies and pickles: the module of operators can be neither
+        return type(self), ()
+
     def __call__(
         self, attn: LocalDiTWindowAttention, hidden_states: torch.Tensor, geometry: WindowGeometry
     ) -> torch.Tensor:
@@ -107,8 +115,11 @@ class LocalDiTTritonAttnProcessor:
         # Nothing is named that the next step does not need: at large sizes a tensor of all tokens is much memory.
         output, query_map, key_map = self._attend_locally(attn, attn.project(hidden_states), geometry)
         if context is not None:
-            for stage in context.query_stages:
-                query_map = self._query_stage(stage, query_map)
+            if is_untouched(context):
+                for stage in context.query_stages:
+                    query_map = self._query_stage(stage, query_map)
+            else:
+                [query_map], _ = context([query_map])
             key, value = context.to_k(key_map), context.to_v(key_map)  # both are read from the rotated keys
             del key_map
             output = self.ops.context_window_attention(
@@ -153,9 +164,10 @@ class LocalDiTTritonAttnProcessor:
         return self.ops.local_window_attention(*arguments)
 
     def _query_stage(self, stage: GlobalContextQueryStage, query_map: torch.Tensor) -> torch.Tensor:
-        if type(stage.depthwise) is not torch.nn.Conv2d or not is_untouched(stage.depthwise):
+        depthwise = stage.depthwise
+        if type(depthwise) is not torch.nn.Conv2d or not (is_untouched(stage) and is_untouched(depthwise)):
             return stage([query_map])[0]
-        depthwise = stage.depthwise.weight.to(query_map.dtype)
+        depthwise = depthwise.weight.to(query_map.dtype)
         linears = (stage.squeeze, stage.excite, stage.pointwise)
         if not torch.is_grad_enabled() and all(is_plain(linear, query_map) for linear in linears):
             self.ops.query_stage_(query_map, depthwise, *(linear.weight for linear in linears))

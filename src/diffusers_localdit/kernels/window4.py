@@ -40,6 +40,7 @@ PARAMETERS = ("norm_q", "norm_k", "table")
 SIZES = ("batch_stride", "token_stride", "tokens", "map_height", "map_width")
 
 _thread = threading.local()
+_compiling = threading.Lock()
 
 
 def join_context(device: torch.device) -> None:
@@ -59,12 +60,13 @@ def compile_kernel(source: str, name: str, **settings):
     """
     from torch.utils import cpp_extension  # needs setuptools
 
-    toolkit = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = toolkit or "no-toolkit"
-    try:
-        return torch.cuda._compile_kernel(source, name, **settings)
-    finally:
-        cpp_extension.CUDA_HOME = toolkit
+    with _compiling:  # or another thread would find, and put back, the name that is set here
+        toolkit = cpp_extension.CUDA_HOME
+        cpp_extension.CUDA_HOME = toolkit or "no-toolkit"
+        try:
+            return torch.cuda._compile_kernel(source, name, **settings)
+        finally:
+            cpp_extension.CUDA_HOME = toolkit
 
 
 @functools.cache
