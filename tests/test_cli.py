@@ -103,6 +103,7 @@ class TestErrors:
             (("draw",), "invalid choice: 'draw'"),
             (("generate",), "give a PROMPT"),
             (("generate", "a", "--steps", "0"), "argument --steps: 0 is not at least 1"),
+            (("generate", "a", "--guidance-scale", "nan"), "argument --guidance-scale: nan is no finite number"),
             (("generate", "a", "--width", "wide"), "argument --width: invalid positive value: 'wide'"),
             (("generate", "a", "--seed", "-1"), "argument --seed: -1 is not from 0 to 2**63 - 1"),
             (("generate", "a", "--dtype", "int4"), "argument --dtype: invalid choice: 'int4'"),

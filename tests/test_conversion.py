@@ -575,6 +575,8 @@ class TestPipelineFolder:
         original = GOLDEN / "window8_global" / "original_with_processor.pt"  # captions of 16, the encoder makes 32
         with pytest.raises(CheckpointError, match=r"text_encoder has d_model=32 but .* caption_channels=16"):
             convert_checkpoint(original, tmp_path / "out", pipeline_from=source)
+        with pytest.raises(CheckpointError, match="text_encoder has d_model=96"):
+            convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from="localdit-shapes")
         (tmp_path / "empty").mkdir()
         with pytest.raises(CheckpointError, match="has no folder text_encoder; expected text_encoder, tokenizer, vae"):
             convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=tmp_path / "empty")

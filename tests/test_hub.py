@@ -289,6 +289,35 @@ class TestPublish:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("localdit: error: verification failed") and message in error
 
+    def test_a_kept_folder_is_replaced_if_it_is_a_models(self, arguments, tmp_path, monkeypatch, capsys):
+        """As after an upload that failed, whose message says so."""
+        monkeypatch.setattr(hub, "verify", lambda folder: None)
+        arguments += ["--dry-run", "--output", str(tmp_path / "kept")]
+        assert main(arguments) == 0
+        assert main(arguments) == 2
+        assert "exists; choose another output or pass --overwrite" in capsys.readouterr().err
+        assert main([*arguments, "--overwrite"]) == 0
+        shutil.rmtree(tmp_path / "kept")
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "letter.txt").write_text("mine")
+        assert main([*arguments, "--overwrite"]) == 2
+        assert "holds no converted model" in capsys.readouterr().err
+        assert names(tmp_path / "kept") == {"letter.txt"}
+
+    def test_a_model_of_variants_only(self, arguments, tmp_path, capsys):
+        LocalDiTPipeline.from_pretrained(arguments[1]).save_pretrained(tmp_path / "half", variant="fp16")
+        arguments[1] = str(tmp_path / "half")
+        assert main([*arguments, "--dry-run"]) == 2
+        assert "has weights of variants only; save the pipeline without `variant`" in capsys.readouterr().err
+
+    def test_a_template_with_folders_in_folders(self, arguments, tmp_path, monkeypatch):
+        monkeypatch.setattr(hub, "verify", lambda folder: None)
+        note = Path(arguments[-1]) / "docs" / "more" / "note.txt"
+        note.parent.mkdir(parents=True)
+        note.write_text("a note")
+        assert main([*arguments, "--dry-run", "--output", str(tmp_path / "kept")]) == 0
+        assert (tmp_path / "kept" / "docs" / "more" / "note.txt").read_text() == "a note"
+
     def test_options_of_the_upload(self, arguments, monkeypatch, capsys):
         uploads = []
         monkeypatch.setattr(hub, "verify", lambda folder: None)
@@ -303,6 +332,7 @@ class TestPublish:
         [
             (("nowhere/at-all", "--repo-id", "a/b", "--dry-run"), "there is no folder nowhere/at-all"),
             (("localdit-shapes", "--repo-id", "a/b", "--dry-run"), "b has no README.md for the repository"),
+            (("localdit-shapes", "--repo-id", "a b/c", "--dry-run"), "--repo-id: Repo id must use"),
             (("localdit-shapes", "--repo-id", "a/b"), "no login at the Hub (no such token); log in with `hf auth "),
         ],
     )
@@ -327,7 +357,7 @@ WORKER = """
 import json, os, resource, sys, time
 time.sleep = lambda seconds: None
 from huggingface_hub import snapshot_download
-from diffusers_localdit import hub
+from diffusers_localdit import conversion, hub
 from diffusers_localdit.checkpoint_io import fetched
 
 def on_full_disk(function, size):
@@ -545,6 +575,12 @@ class TestUpload:
         assert error == f"CheckpointError: cannot write {tmp_path / 'new'}: File too large"
         assert [path.name for path in tmp_path.iterdir()] == ["localdit-shapes"]
 
+    def test_full_disk_while_converting_back(self, worker, model, tmp_path):
+        call = f"conversion.to_original({str(model / 'transformer')!r}, {str(tmp_path / 'new.pt')!r})"
+        error = worker.ask(f"on_full_disk(lambda: {call}, 30_000)")["error"]
+        assert error == f"CheckpointError: cannot write {tmp_path / 'new.pt'}: a file could not be written to its end"
+        assert [*tmp_path.iterdir()] == []
+
     def test_interrupted_download_goes_on(self, server, worker):
         content = torch.rand(6_000_000).numpy().tobytes()  # the client keeps what arrived in pieces of 10 MiB
         server.add("owner/original", {"folder/LocalDiT.pt": content})
@@ -666,6 +702,24 @@ class TestHandler:
         ]
         assert {picture.size for picture in pictures} == {(64, 48)}
         assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
+
+    def test_photographs_are_turned_upright(self, client):
+        photograph, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = 6  # orientation: a quarter turn
+        Image.linear_gradient("L").resize((64, 32)).save(photograph, "JPEG", exif=exif)
+        settings = {"prompt": "a red circle", "num_inference_steps": 1}
+        payload = {"inputs": base64.b64encode(photograph.getvalue()).decode(), "parameters": settings}
+        request = urllib.request.Request(
+            client.model, json.dumps(payload).encode(), {"Content-Type": "application/json"}
+        )
+        assert Image.open(urllib.request.urlopen(request)).size == (32, 64)
+
+    def test_the_least_strength_leaves_a_step(self, client):
+        """Of 49, of which the 49th part is less than 1 by rounding."""
+        sketch = io.BytesIO()
+        Image.linear_gradient("L").resize((16, 16)).save(sketch, "PNG")
+        settings = {"prompt": "a red circle", "num_inference_steps": 49, "strength": 0.0, "seed": 1}
+        assert client.image_to_image(sketch.getvalue(), **settings).size == (16, 16)
 
     def test_numbers_are_brought_into_range(self, client):
         # The model's pictures are of 128 pixels: at most 256, in multiples of 16.

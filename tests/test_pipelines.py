@@ -19,6 +19,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForText2Image,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
@@ -27,6 +28,7 @@ from diffusers import (
     FirstBlockCacheConfig,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    PNDMScheduler,
     PyramidAttentionBroadcastConfig,
     UniPCMultistepScheduler,
 )
@@ -38,8 +40,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from pipeline_fixtures import make_components
 from safetensors.torch import load_file
 
-from diffusers_localdit import pipeline_localdit, pipeline_localdit_img2img
+from diffusers_localdit import BUNDLED_MODEL, pipeline_localdit, pipeline_localdit_img2img
 from diffusers_localdit.conversion import load_original
+from diffusers_localdit.pipeline_folder import RELEASED_SCHEDULER
 from diffusers_localdit.pipeline_localdit import ASPECT_RATIO_BINS, LocalDiTPipeline
 from diffusers_localdit.pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
 from diffusers_localdit.transformer_localdit import LocalDiTTransformer2DModel
@@ -203,6 +206,19 @@ class TestSchedulers:
     @pytest.mark.parametrize(("scheduler_class", "config"), SCHEDULERS)
     def test_exact_prediction_ends_at_clean_latents(self, pipe, clean, scheduler_class, config):
         pipe.scheduler = scheduler_class(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **config)
+        start = {"image": clean, "strength": 0.5} if isinstance(pipe, LocalDiTImg2ImgPipeline) else {}
+        latents = latents_of(pipe, num_inference_steps=6, guidance_scale=1.0, **start)
+        assert relative_error(latents, clean) < 1e-4
+
+    @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
+    @pytest.mark.parametrize("model", ["released", "bundled"])
+    def test_schedulers_take_over_what_latents_need(self, pipe, clean, scheduler_class, model):
+        if model == "bundled":
+            scheduler = DPMSolverMultistepScheduler.from_pretrained(BUNDLED_MODEL, subfolder="scheduler")
+        else:
+            scheduler = DPMSolverMultistepScheduler.from_config(RELEASED_SCHEDULER)
+        assert PNDMScheduler.from_config(scheduler.config).config.skip_prk_steps  # image to image starts halfway
+        pipe.scheduler = scheduler_class.from_config(scheduler.config)
         start = {"image": clean, "strength": 0.5} if isinstance(pipe, LocalDiTImg2ImgPipeline) else {}
         latents = latents_of(pipe, num_inference_steps=6, guidance_scale=1.0, **start)
         assert relative_error(latents, clean) < 1e-4
@@ -703,19 +719,36 @@ class TestStepCache:
         remove_hook_from_module(pipe.transformer)
         assert len(embeddings) == 1
 
-    def test_a_callback_that_changes_the_text_or_guidance(self, pipe, embeddings, monkeypatch):
+    def test_a_callback_that_changes_text_weights_or_guidance(self, pipe, embeddings, monkeypatch):
         names = pipe._callback_tensor_inputs[1:]
         blue = pipe.encode_prompt("a blue square", negative_prompt="red")
 
         def to_blue(pipeline, step, timestep, tensors):
             return dict(zip(names, blue)) if step == 0 else {}
 
-        callbacks = [to_blue, SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)]
-        cached = [latents_of(pipe, callback_on_step_end=callback) for callback in callbacks]
-        # diffusers' callback returns the text, which it may have changed in place, after every step.
-        assert len(embeddings) == 2 + pipe.num_timesteps
+        def in_place(pipeline, step, timestep, tensors):
+            tensors["prompt_embeds"].mul_(0.5)
+            return {}
+
+        def weights(pipeline, step, timestep, tensors):
+            """As LoRA layers that are turned off halfway."""
+            scale = 0.5 if step < pipeline.num_timesteps - 1 else 2 ** (pipeline.num_timesteps - 1)
+            pipeline.transformer.caption_projection.linear_2.weight.data.mul_(scale)
+            return {}
+
+        cutoff = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+        callbacks = [(to_blue, "latents"), (in_place, "prompt_embeds"), (weights, "latents"), (cutoff, "latents")]
+
+        def latents() -> list[torch.Tensor]:
+            return [
+                latents_of(pipe, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=[tensor])
+                for callback, tensor in callbacks
+            ]
+
+        cached = latents()
+        assert len(embeddings) == len(callbacks) * pipe.num_timesteps
         monkeypatch.setattr(pipe.transformer, "make_step_cache", lambda: None)
-        expected = [latents_of(pipe, callback_on_step_end=callback) for callback in callbacks]
+        expected = latents()
         assert all(torch.equal(*latents) for latents in zip(cached, expected))
 
 

@@ -136,3 +136,6 @@ def test_sizes_are_read_once(tmp_path):
     assert read_sizes(Listed([(7, 8)], name="b"), cache)[0].tolist() == [[7, 8]]
     assert json.loads(cache.read_text())["fingerprint"] == "b"
     assert read_sizes(Listed([(1, 2)]))[0].tolist() == [[1, 2]]
+    cache.write_text(cache.read_text()[:20])
+    with pytest.raises(ValueError, match=r"sizes.json is damaged .*; remove it to have it made again"):
+        read_sizes(Listed([(7, 8)], name="b"), cache)

@@ -166,6 +166,20 @@ def test_few_broken_are_named_and_left_out(tmp_path):
     assert all(row["loss"] > 0 for row in rows(output))
 
 
+@pytest.mark.parametrize(
+    "damaged", ["checkpoint.json", "transformer/diffusion_pytorch_model.safetensors", "state/optimizer.bin"]
+)
+def test_a_damaged_checkpoint_is_named(damaged, data, tmp_path):
+    """As one that was copied in part."""
+    output = tmp_path / "run"
+    Training(data, output, steps=4, checkpoint_every=2).finish()
+    path = output / "checkpoints" / "step_00000004" / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = Training(data, output).error()
+    assert f"{output / 'checkpoints' / 'step_00000004'} cannot be read" in message
+    assert f"remove it to go on from {output / 'checkpoints' / 'step_00000002'}" in message
+
+
 def test_full_disk(data, tmp_path):
     """A checkpoint that does not fit is not there at all; the one before it is whole, and the run can go on."""
     output = tmp_path / "run"

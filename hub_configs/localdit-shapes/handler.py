@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
@@ -59,9 +60,9 @@ class EndpointHandler:
         image = self.read_picture(inputs)
         for name, pixels in zip(SIZES, (image.height, image.width)):
             settings.setdefault(name, self.fit_size(pixels))
-        strength = settings.get("strength", 0.8)
-        # At least one step of denoising is left.
-        settings["strength"] = max(strength, 1 / settings.setdefault("num_inference_steps", 20))
+        steps = settings.setdefault("num_inference_steps", 20)
+        # At least one step of denoising is left. 49 * (1 / 49) is less than 1.
+        settings["strength"] = max(settings.get("strength", 0.8), math.nextafter(1 / steps, 1))
         return self.image_to_image(image=image, generator=generator, **settings).images[0]
 
     def check(self, given: Any) -> dict[str, Any]:
@@ -105,6 +106,6 @@ class EndpointHandler:
         if image.width * image.height > MAX_PICTURE_PIXELS:
             raise ValueError(f"the picture has {image.width} x {image.height} pixels; send a smaller one")
         try:
-            return image.convert("RGB")
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:
             raise ValueError(f"the picture cannot be read: {error}") from error

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS_SUFFIX = ".safetensors"
 HUB_PROTOCOL = "hf://"
 LFS_POINTER_START = b"version https://git-lfs"
+TORCH_WRITE_ERROR = re.compile("inline_container|PytorchStreamWriter")
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class CheckpointError(ValueError):
@@ -127,6 +130,32 @@ def _read_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is no complete PyTorch checkpoint ({one_line(error)})") from error
 
 
+def refuse_to_replace(output: str | os.PathLike, inputs: list[str | os.PathLike | None], folder: bool) -> None:
+    """Guard `--overwrite` against deleting what holds no model, or what is just being read."""
+    output = Path(output)
+    if not output.exists():
+        return
+    if output.is_dir() != folder:
+        raise CheckpointError(f"{output} exists and is {'no folder' if folder else 'no file'}; choose another output")
+    converted = any((output / name).exists() for name in ("model_index.json", "transformer/config.json"))
+    if folder and not converted and any(output.iterdir()):
+        raise CheckpointError(f"{output} exists and holds no converted model; choose another output")
+    for source in inputs:
+        if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
+            raise CheckpointError(f"{source} would be deleted by writing to {output}; choose another output")
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """The reason in an exception of `WRITE_ERRORS`, or `None` where something else is wrong than the writing."""
+    if isinstance(error, OSError):
+        return error.strerror or one_line(error)
+    if isinstance(error, SafetensorError):
+        return one_line(error)
+    if TORCH_WRITE_ERROR.search(str(error)):
+        return "a file could not be written to its end"  # torch only says "unexpected pos 576 vs 534"
+    return None
+
+
 @contextmanager
 def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """
@@ -154,8 +183,10 @@ def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterato
         yield scratch / output.name
         output.parent.mkdir(parents=True, exist_ok=True)
         _move_into_place(scratch / output.name, output, aside=scratch / "replaced")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror or one_line(error)}") from error
+    except WRITE_ERRORS as error:
+        if (why := why_not_written(error)) is None:
+            raise
+        raise CheckpointError(f"cannot write {output}: {why}") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

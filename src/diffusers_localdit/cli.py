@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import itertools
+import math
 import random
 import re
 import sys
@@ -100,6 +101,12 @@ def positive(value: str) -> int:
     return int(value)
 
 
+def finite(value: str) -> float:
+    if not math.isfinite(float(value)):
+        raise argparse.ArgumentTypeError(f"{value} is no finite number")
+    return float(value)
+
+
 def seed_number(value: str) -> int:
     if not 0 <= int(value) < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**63 - 1")
@@ -123,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_command("img2img", image_to_image, "make pictures of what prompts say that look like a given one")
     command.add_argument("image", metavar="IMAGE", help="file or URL of the picture to start from")
     add_picture_arguments(command, default_size="that of IMAGE")
-    command.add_argument("--strength", type=float, help="how much to change, above 0 and up to 1")
+    command.add_argument("--strength", type=finite, help="how much to change, above 0 and up to 1")
 
     command = add_command("convert", conversion.run, "convert an original checkpoint, or back")
     conversion.add_arguments(command)
@@ -154,7 +161,7 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
     command.add_argument("--steps", type=positive, metavar="N", help="denoising steps")
     command.add_argument(
         "--guidance-scale",
-        type=float,
+        type=finite,
         metavar="X",
         help="how closely to follow the prompt (default: as the model's first example picture, else the pipeline's)",
     )
@@ -343,7 +350,10 @@ def load_pipeline(
     model, device = settings["model"], torch.device(settings["device"])
     source = locate(model)
     if isinstance(source, Path) and not (source / "model_index.json").exists():
-        raise ValueError(f"{model} holds no pipeline (`localdit convert --pipeline-from` makes one of a checkpoint)")
+        raise ValueError(
+            f"{model} holds no pipeline: `localdit convert --pipeline-from` makes one of an original checkpoint, and a"
+            " trained transformer is put into one by `LocalDiTPipeline.from_pretrained(PIPELINE, transformer=...)`"
+        )
     int8 = settings["dtype"] == "int8"
     options = {"dtype": torch.float32 if int8 else getattr(torch, settings["dtype"]), "use_safetensors": True}
     components = {}

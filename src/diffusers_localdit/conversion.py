@@ -15,6 +15,7 @@ from .checkpoint_io import (
     fetched,
     one_line,
     read_checkpoint,
+    refuse_to_replace,
     written_whole,
 )
 from .key_mapping import DTYPES
@@ -79,7 +80,7 @@ def convert_checkpoint(
         `CheckpointError`: The checkpoint, an argument or the output is at fault. Nothing is left at `output`.
     """
     with written_whole(output, overwrite) as folder:
-        _refuse_to_replace(output, inputs=[checkpoint, pipeline_from], folder=True)
+        refuse_to_replace(output, inputs=[checkpoint, pipeline_from], folder=True)
         state_dict, config, report = convert_state_dict(
             read_checkpoint(fetched(checkpoint)), window_size, sample_size, use_rope, global_context, dtype
         )
@@ -120,7 +121,7 @@ def to_original(
     if output.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
         raise CheckpointError(f"{output} ends in {output.suffix!r}; expected .safetensors, .pt, .pth or .ckpt")
     with written_whole(output, overwrite) as path:
-        _refuse_to_replace(output, inputs=[], folder=False)
+        refuse_to_replace(output, inputs=[], folder=False)
         state_dict, folded = (model, False) if isinstance(model, Mapping) else _read_model_folder(Path(model))
         original = original_state_dict(state_dict, folded)
         if output.suffix == SAFETENSORS_SUFFIX:
@@ -230,21 +231,6 @@ def _read_model_folder(folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     return state_dict, metadata.get("global_context") == "folded"
-
-
-def _refuse_to_replace(output: str | os.PathLike, inputs: list[str | os.PathLike | None], folder: bool) -> None:
-    """Guard `--overwrite` against deleting what was not made by a conversion, or what is just being read."""
-    output = Path(output)
-    if not output.exists():
-        return
-    if output.is_dir() != folder:
-        raise CheckpointError(f"{output} exists and is {'no folder' if folder else 'no file'}; choose another output")
-    converted = any((output / name).exists() for name in ("model_index.json", "transformer/config.json"))
-    if folder and not converted and any(output.iterdir()):
-        raise CheckpointError(f"{output} exists and holds no converted model; choose another output")
-    for source in inputs:
-        if source is not None and Path(source).resolve().is_relative_to(output.resolve()):
-            raise CheckpointError(f"{source} would be deleted by writing to {output}; choose another output")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,9 +36,9 @@ from huggingface_hub import (
     metadata_load,
     parse_local_safetensors_file_metadata,
 )
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
-from .checkpoint_io import SAFETENSORS_SUFFIX, one_line, written_whole
+from .checkpoint_io import SAFETENSORS_SUFFIX, one_line, refuse_to_replace, written_whole
 from .key_mapping import DTYPES
 from .model_info import DTYPE_NAMES, describe, locate
 from .pipeline_folder import COPIED_FILES, add_pipeline
@@ -122,6 +122,7 @@ def assemble(
     """
     model, template = Path(model), Path(template)
     with written_whole(output, overwrite) as folder:
+        refuse_to_replace(output, inputs=[model, base_pipeline, template], folder=True)
         folder.mkdir()
         index = _add_components(folder, model, base_pipeline, text_encoder)
         for name, (library, class_name) in index.items():
@@ -142,7 +143,7 @@ def assemble(
 def verify(folder: str | os.PathLike) -> None:
     """
     Load a repository's folder with the package and by its own code, each in a process of its own, and compare what
-    they sample in float32: text to image and image to image, bit for bit.
+    they sample: text to image and image to image, bit for bit.
 
     Args:
         folder (`str` or `os.PathLike`): The folder that `assemble` made.
@@ -219,7 +220,7 @@ def _upload_failure(error: Exception, repo_id: str, previous: str | None) -> str
     elif status == 412:
         advice = "somebody else committed meanwhile; run the same command again"
     else:
-        advice = "run the same command again: what arrived is not sent again"
+        advice = "run the same command again (what arrived is not sent again), with --overwrite if it has --output"
     intact = "nothing was published" if previous is None else f"the previous revision {previous} is intact"
     return f"the upload to {repo_id} failed ({_causes(error)}); {intact}; {advice}"
 
@@ -283,6 +284,8 @@ def _convert_weights(
 
     weights = [path for path in folder.iterdir() if MAIN_WEIGHTS.fullmatch(path.name)]
     files = [path for path in weights if path.suffix == SAFETENSORS_SUFFIX]
+    if not files:
+        raise PublishError(f"{folder.name} has weights of variants only; save the pipeline without `variant` too")
     if dtype is None and max(path.stat().st_size for path in files) <= max_shard_size:
         return
     stored = parse_local_safetensors_file_metadata(files[0]).parameter_count
@@ -311,7 +314,7 @@ def _add_template(folder: Path, template: Path) -> None:
     for path in (path for path in template.rglob("*") if path.is_file()):
         target = folder / path.relative_to(template)
         if path.suffix != ".json":
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         elif target.parent.exists():  # else of a component that is left out
             _require_agreement(target, path)
@@ -395,6 +398,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="card and other files that are not the model's (default: hub_configs/NAME of a checkout, NAME as in ID)",
     )
     parser.add_argument("--output", metavar="DIR", help="keep the assembled folder here")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder of --output once it is complete")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -402,6 +406,10 @@ def run(args: argparse.Namespace) -> None:
     model = locate(args.model)
     if not isinstance(model, Path):
         raise PublishError(f"there is no folder {args.model}")
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"--repo-id: {one_line(error)}") from error
     if not args.dry_run:
         _require_login()  # before the hours that a large model takes
     with _output_folder(args.output, model) as output:
@@ -414,6 +422,7 @@ def run(args: argparse.Namespace) -> None:
             text_encoder=not args.no_text_encoder,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             variants=args.variant,
+            overwrite=args.overwrite,
         )
         for example in missing:
             picture = model / example["output"]["url"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint_io import CheckpointError, one_line
+from .model_info import BUNDLED_NAME, locate
 
 # The sampler that the release was published with.
 RELEASED_SCHEDULER = {
@@ -22,6 +23,10 @@ RELEASED_SCHEDULER = {
     "lower_order_final": True,
     "timestep_spacing": "linspace",
     "steps_offset": 0,
+    # Not its own settings, but what DDIM, DDPM and PNDM take over in its place: latents are not to be clipped to
+    # -1 ... 1, and image to image may not start with Runge-Kutta steps.
+    "clip_sample": False,
+    "skip_prk_steps": True,
 }
 
 # Classes of the copied components, where the source has no model_index.json that names them.
@@ -72,7 +77,7 @@ def add_pipeline(
         (folder / name).mkdir()
         for path in (path for pattern in COPIED_FILES for path in (origin / name).glob(pattern)):
             shutil.copyfile(path, folder / name / path.name)
-    DPMSolverMultistepScheduler(**RELEASED_SCHEDULER).save_pretrained(folder / "scheduler")
+    DPMSolverMultistepScheduler.from_config(RELEASED_SCHEDULER).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "LocalDiTPipeline",
         "_diffusers_version": __version__,
@@ -88,8 +93,8 @@ def add_pipeline(
 
 
 def _component_folder(source: str | os.PathLike, names: list[str]) -> Path:
-    if os.path.isdir(source):
-        return Path(source)
+    if os.path.isdir(source) or source == BUNDLED_NAME:
+        return Path(locate(str(source)))
     from huggingface_hub import snapshot_download
 
     patterns = [f"{name}/{pattern}" for name in names for pattern in COPIED_FILES]

@@ -637,7 +637,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         }
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
 
-        # 7. Denoise; text and sizes are embedded at the first step, and again if a callback changes them
+        # 7. Denoise; text and sizes are embedded at the first step, and again after each callback
         step_cache = self.transformer.make_step_cache()
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         finite = []
@@ -663,10 +663,9 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     callback_kwargs = {}
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
-                    guided = self.do_classifier_free_guidance
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    if callback_outputs.keys() - {"latents"} or guided != self.do_classifier_free_guidance:
-                        step_cache = self.transformer.make_step_cache()
+                    # It may have changed text, guidance or weights (LoRA layers), in place too.
+                    step_cache = self.transformer.make_step_cache()
 
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..checkpoint_io import written_whole
+from ..checkpoint_io import one_line, written_whole
 from ..pipeline_localdit import ASPECT_RATIO_BINS
 from .random import Stream, stream_seed
 from .shards import DataError
@@ -133,7 +133,10 @@ def read_sizes(source: Source, cache: Path | None = None) -> tuple[np.ndarray, l
     """
     fingerprint = source.fingerprint()
     if cache is not None and cache.exists():
-        known = json.loads(cache.read_text())
+        try:
+            known = json.loads(cache.read_text())
+        except ValueError as error:
+            raise ValueError(f"{cache} is damaged ({one_line(error)}); remove it to have it made again") from error
         if known["fingerprint"] == fingerprint:
             return np.array(known["sizes"]), known["broken"]
 

@@ -8,6 +8,7 @@ sharded model too), the weights in diffusers' format, in float32 and thus exact,
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from ..checkpoint_io import CheckpointError, one_line
+from ..checkpoint_io import WRITE_ERRORS, CheckpointError, one_line, why_not_written
 from ..pipeline_localdit import LocalDiTPipeline
 from ..transformer_localdit import LocalDiTTransformer2DModel
 
@@ -31,7 +32,6 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MANIFEST = "checkpoint.json"  # written last
 TRANSFORMER = "transformer"
 EMA = "ema"
-TORCH_WRITE_ERROR = re.compile("inline_container|PytorchStreamWriter")
 
 
 def save_checkpoint(
@@ -82,24 +82,18 @@ def save_checkpoint(
             for old in checkpoints(folder)[:-keep]:
                 _remove(old)
         accelerator.wait_for_everyone()
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not TORCH_WRITE_ERROR.search(str(error)):
+        if (why := why_not_written(error)) is None:
             raise
         last = latest_checkpoint(folder)
         raise CheckpointError(
-            f"cannot write the checkpoint of step {step} to {folder}: {reason(error)}"
+            f"cannot write the checkpoint of step {step} to {folder}: {why}"
             f" ({shutil.disk_usage(folder).free / 1e9:.1f} GB are free); "
             + (f"the last good one is {last}" if last else "there is no earlier one")
             + "; make room and run the same command again"
         ) from error
     return target
-
-
-def reason(error: BaseException) -> str:
-    if isinstance(error, RuntimeError):
-        return "a file could not be written to its end"  # torch only says "unexpected pos 576 vs 534"
-    return getattr(error, "strerror", None) or one_line(error)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -114,17 +108,35 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MANIFEST).read_text())
+    with complete(checkpoint):
+        return json.loads((checkpoint / MANIFEST).read_text())
+
+
+@contextmanager
+def complete(checkpoint: Path) -> Iterator[None]:
+    """Says of a checkpoint that cannot be read, as one that was copied in part, what can be done."""
+    try:
+        yield
+    except (json.JSONDecodeError, OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        earlier = checkpoints(checkpoint.parent)
+        earlier = earlier[: earlier.index(checkpoint)][-1:] if checkpoint in earlier else []
+        rest = f"go on from {earlier[0]}" if earlier else "start anew"
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({one_line(error)[:80]}); if it is damaged, remove it to {rest}"
+        ) from error
 
 
 def load_checkpoint(checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMAModel | None) -> None:
     """Put everything back as `save_checkpoint` found it. The model and the optimizer have been prepared."""
-    if ema is not None:
-        load_weights(checkpoint, accelerator, model, variant=EMA)
-        ema.shadow_params = [parameter.detach().clone() for parameter in trainable(model)]
-        ema.optimization_step = read_manifest(checkpoint)["step"]
-    load_weights(checkpoint, accelerator, model)
-    accelerator.load_state(str(checkpoint / "state"))
+    with complete(checkpoint):
+        if ema is not None:
+            load_weights(checkpoint, accelerator, model, variant=EMA)
+            ema.shadow_params = [parameter.detach().clone() for parameter in trainable(model)]
+            ema.optimization_step = read_manifest(checkpoint)["step"]
+        load_weights(checkpoint, accelerator, model)
+        accelerator.load_state(str(checkpoint / "state"))
 
 
 def leave_weights_out(accelerator: Accelerator) -> None:
