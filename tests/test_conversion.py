@@ -14,9 +14,11 @@ from conversion_inputs import GOLDEN, GOLDEN_ORIGINALS, is_dead, tiny_original
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusers_localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from diffusers_localdit.checkpoint_io import written_whole
 from diffusers_localdit.conversion import (
     CheckpointError,
     add_arguments,
@@ -321,6 +323,16 @@ class TestOutput:
         rows = json.loads(process.stdout.splitlines()[-1])
         assert {row["file"].rpartition(".")[2] for row in rows} == {"pt", "safetensors"}
         assert all(row["growth_per_file"] < 1.4 for row in rows), rows
+
+
+def test_what_cannot_be_written_is_told_from_what_cannot_be_read(tmp_path):
+    (tmp_path / "broken.safetensors").write_text("{")
+    with pytest.raises(SafetensorError), written_whole(tmp_path / "out"):
+        load_file(tmp_path / "broken.safetensors")
+    with pytest.raises(CheckpointError, match="cannot write .*out: Error while serializing"):
+        with written_whole(tmp_path / "out") as unfinished:
+            save_file({"a": torch.ones(3)}, unfinished / "nowhere" / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.safetensors"]
 
 
 class TestWayBack:

@@ -150,7 +150,7 @@ def why_not_written(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or one_line(error)
     if isinstance(error, SafetensorError):
-        return one_line(error)
+        return one_line(error) if "Error while serializing" in str(error) else None
     if TORCH_WRITE_ERROR.search(str(error)):
         return "a file could not be written to its end"  # torch only says "unexpected pos 576 vs 534"
     return None
