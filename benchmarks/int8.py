@@ -12,6 +12,7 @@ import statistics
 import time
 
 import torch
+from transformer import make_inputs
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
 from diffusers_localdit.precision import quantize_int8
@@ -49,15 +50,8 @@ def forward_seconds(image_size: int, layers: int, global_context: bool, batch_si
     torch.manual_seed(0)
     transformer = LocalDiTTransformer2DModel(num_layers=layers, use_global_context=global_context).eval()
     models = {"float32": transformer, "int8": quantize_int8(copy.deepcopy(transformer))}
-    inputs = {
-        "hidden_states": torch.randn(batch_size, 4, image_size // 8, image_size // 8),
-        "encoder_hidden_states": torch.randn(batch_size, 120, 4096),
-        "timestep": torch.full((batch_size,), 500),
-        "added_cond_kwargs": {
-            "resolution": torch.full((batch_size, 2), float(image_size)),
-            "aspect_ratio": torch.ones(batch_size, 1),
-        },
-    }
+    inputs = make_inputs(image_size, image_size, batch_size, torch.device("cpu"), torch.float32)
+    del inputs["encoder_attention_mask"]  # texts of full length
     for model in models.values():  # not timed
         model(**inputs)
     seconds = {name: [] for name in models}

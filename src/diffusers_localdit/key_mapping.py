@@ -105,10 +105,10 @@ def key_table(num_layers: int) -> list[Row]:
     return [*OUTER_ROWS, *blocks]
 
 
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """A few names of many, for messages."""
+def some(names: Iterable[str]) -> str:
+    """Up to three names of many, for messages."""
     names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def count_layers(names: Iterable[str]) -> int:

@@ -1,4 +1,4 @@
-"""Triton kernels for the self-attention of LocalDiT (extra `triton`)."""
+"""Triton and CUDA kernels for the self-attention of LocalDiT (extra `triton`)."""
 
 from .processor import (
     LocalDiTTritonAttnProcessor,

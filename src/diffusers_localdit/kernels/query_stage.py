@@ -27,7 +27,7 @@ BACKWARD_PROGRAMS = 28
 
 
 @triton.jit
-def _strip(strip, height, width, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+def _strip(strip, width, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """First row of a strip, and the first column of each of its pairs."""
     across = tl.cdiv(width, 2 * PAIRS)
     return strip // across * ROWS, (strip % across * PAIRS + tl.arange(0, PAIRS))[:, None] * 2
@@ -126,7 +126,7 @@ def _depthwise(
     strip, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     map_ptr += batch * height * width * C
     output_ptr += batch * height * width * C
-    top, x = _strip(strip, height, width, ROWS, PAIRS)
+    top, x = _strip(strip, width, ROWS, PAIRS)
     weight = _load_weight(weight_ptr, channel, not FEATURES, C)
     first_sum = tl.zeros((PAIRS, CHANNELS), tl.float32)
     second_sum = tl.zeros((PAIRS, CHANNELS), tl.float32)
@@ -192,7 +192,7 @@ def _backward(
     for index in range(tl.program_id(1), batch_size * strips, tl.num_programs(1)):
         batch = index // strips + tl.zeros((), tl.int64)
         in_map = batch * height * width * C
-        top, x = _strip(index % strips, height, width, ROWS, PAIRS)
+        top, x = _strip(index % strips, width, ROWS, PAIRS)
         grad_mean = tl.load(grad_mean_ptr + batch * C + channel, mask=channel < C, other=0.0).to(tl.float32)
         mean_first, mean_second = tl.where(x < width, grad_mean, 0.0), tl.where(x + 1 < width, grad_mean, 0.0)
         rows = ()

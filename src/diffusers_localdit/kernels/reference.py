@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-MASK_VALUE = -10000.0
+from ..transformer_localdit import MASK_VALUE
 
 
 def to_map(tokens: torch.Tensor, map_to_token: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,10 @@ to 128 would cost half the arithmetic: a tile is a tuple of one or two blocks.
 import triton
 import triton.language as tl
 
+from .. import transformer_localdit
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-MASK_VALUE = tl.constexpr(-10000.0)
+MASK_VALUE = tl.constexpr(transformer_localdit.MASK_VALUE)
 
 
 # Tiles
