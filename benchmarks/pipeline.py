@@ -33,7 +33,7 @@ from diffusers.hooks import (
 )
 
 from diffusers_localdit import LocalDiTPipeline
-from diffusers_localdit.cli import PICTURE_DTYPES, default_dtype, load_pipeline
+from diffusers_localdit.loading import PICTURE_DTYPES, default_dtype, load_pipeline
 from diffusers_localdit.model_info import BUNDLED_NAME
 
 STAGES = ["text", "denoising", "decoding"]

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import diffusers_localdit
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
 from diffusers_localdit.cli import main
+from diffusers_localdit.loading import default_dtype
 from diffusers_localdit.png_settings import SETTINGS, read_settings, settings_chunks
 from diffusers_localdit.precision import fast_dtype
 
@@ -206,7 +207,7 @@ class TestGenerate:
             "height": 64,
             "width": 96,
             "model": str(model),
-            "dtype": cli.default_dtype(torch.device("cpu")),
+            "dtype": default_dtype(torch.device("cpu")),
             "device": "cpu",
             "scheduler": "DPMSolverMultistepScheduler",
             "version": diffusers_localdit.__version__,
@@ -345,13 +346,20 @@ class TestImageToImage:
         assert run("img2img", tmp_path / "other.png", "--like", first) == 2
         assert f"{first} was made from 'sketch.png', whose pixels {tmp_path / 'other.png'} has not" in error_of(capsys)
         assert run("generate", "--like", first) == 2
-        assert error_of(capsys).endswith("repeat it with: localdit img2img IMAGE --like")
+        assert error_of(capsys).endswith(f"repeat it with: localdit img2img IMAGE --like {first}")
 
     def test_like_of_a_picture_from_a_prompt(self, model, sketch, tmp_path, capsys):
         assert run("generate", "a", "--model", model, *QUICK, "--output", tmp_path / "a.png") == 0
         capsys.readouterr()
         assert run("img2img", sketch, "--like", tmp_path / "a.png") == 2
-        assert error_of(capsys).endswith("repeat it with: localdit generate")
+        assert error_of(capsys).endswith(f"repeat it with: localdit generate --like {tmp_path / 'a.png'}")
+
+    def test_pictures_of_too_many_pixels(self, sketch, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # twice which is an error
+        assert run("img2img", sketch, "a", "--output", tmp_path / "a.png") == 2
+        assert f"{sketch} has too many pixels" in error_of(capsys)
+        assert run("generate", "--like", sketch) == 2
+        assert f"cannot read {sketch} as a PNG file" in error_of(capsys)
 
     def test_strength_out_of_range(self, model, sketch, tmp_path, capsys):
         arguments = ("--model", model, "--strength", 1.5, "--output", tmp_path / "a.png")
@@ -405,6 +413,13 @@ class TestInfo:
         shutil.rmtree(tmp_path / "incomplete" / "vae")
         assert run("info", tmp_path / "incomplete") == 2
         assert error_of(capsys).endswith("has no vae, although its model_index.json lists one")
+
+    @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
+    def test_json_that_is_no_object(self, name, model, tmp_path, capsys):
+        shutil.copytree(model, tmp_path / "odd")
+        (tmp_path / "odd" / name).write_text("[]")
+        assert run("info", tmp_path / "odd") == 2
+        assert error_of(capsys).endswith(f"{name} holds no JSON object")
 
 
 def test_convert_and_back(tmp_path, capsys):

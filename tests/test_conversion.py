@@ -332,7 +332,31 @@ def test_what_cannot_be_written_is_told_from_what_cannot_be_read(tmp_path):
     refusal = pytest.raises(CheckpointError, match=r"cannot write .*out: Error while serializing")
     with refusal, written_whole(tmp_path / "out") as unfinished:
         save_file({"a": torch.ones(3)}, unfinished / "nowhere" / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="none"), written_whole(tmp_path / "out"):
+        (tmp_path / "none.json").read_text()
+    with pytest.raises(OSError, match=r"^a library's own words$"), written_whole(tmp_path / "out"):
+        raise OSError("a library's own words")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("moved", [0, 1])
+def test_what_is_to_be_replaced_is_put_back(moved, error, tmp_path, monkeypatch):
+    """When one of the two renamings does not come off."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    renamed, rename = [], os.rename
+
+    def interrupted_rename(*paths):
+        renamed.append(paths)
+        if len(renamed) == moved + 1:
+            raise error
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", interrupted_rename)
+    with pytest.raises(error), written_whole(tmp_path / "out", overwrite=True) as unfinished:
+        unfinished.mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/old"]
 
 
 class TestWayBack:
@@ -509,7 +533,7 @@ class TestCommandLine:
         torch.save({**tiny_original(), "epoch": print}, tmp_path / "a.pt")
         process = self.process(tmp_path / "a.pt", tmp_path / "out")
         assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
-        assert process.stderr.startswith("error: ") and "would run code" in process.stderr
+        assert process.stderr.startswith("localdit: error: ") and "would run code" in process.stderr
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
     def test_every_option_reaches_the_conversion(self, tmp_path, capsys):

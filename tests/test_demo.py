@@ -105,6 +105,7 @@ class TestLimits:
             ({"steps": 1000}, "Steps must be a whole number from 1 to 50 but is 1000"),
             ({"steps": 2.5}, "Steps must be a whole number from 1 to 50 but is 2.5"),
             ({"guidance_scale": 1e9}, "Guidance scale must be a number from 1.0 to 20.0 but is 1000000000.0"),
+            ({"guidance_scale": 10**400}, f"Guidance scale must be a number from 1.0 to 20.0 but is 1{39 * '0'}"),
             ({"seed": None}, "Seed must be a whole number from 0 to 4,294,967,295 but is None"),
             ({"prompt": " \n"}, "Prompt is empty; say what to draw"),
             ({"prompt": "a" * (MAX_LETTERS + 1)}, "Prompt has 2,001 letters; at most 2,000 are taken"),
@@ -480,3 +481,6 @@ class TestCommand:
             ):
                 assert cli.main(["demo", *arguments]) == 2
                 assert message in capsys.readouterr().err.splitlines()[-1]
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["demo", "--port", "65536"])
+        assert "argument --port: 65536 is not from 1 to 65535" in capsys.readouterr().err

@@ -43,7 +43,7 @@ from diffusers_localdit import (
 )
 from diffusers_localdit.cli import main
 from diffusers_localdit.hub_latents import sample
-from diffusers_localdit.png_settings import read_settings
+from diffusers_localdit.png_settings import read_settings, settings_chunks
 
 SOURCES = Path(diffusers_localdit.__file__).parent
 CARDS = sorted(path for path in TEMPLATES.glob("*/README.md") if (path.parent / "model_index.json").exists())
@@ -71,7 +71,7 @@ class TestAssembly:
     def test_code_is_that_of_the_package(self, repository):
         for name, source in hub.REMOTE_CODE.items():
             assert (repository / name).read_bytes() == (SOURCES / source).read_bytes()
-        assert {name for name in names(repository) if name.endswith(".py")} == {*hub.REMOTE_CODE, "handler.py"}
+        assert {name for name in names(repository) if name.endswith(".py")} == {*hub.REMOTE_CODE}
 
     def test_weights_and_configurations_are_those_of_the_model(self, repository, model):
         taken = {name for name in names(model) if name != "model_index.json"}
@@ -192,7 +192,7 @@ class TestAssembly:
         broken = Path(shutil.copytree(model, tmp_path / "broken"))
         template = template_for_tiny("localdit-shapes", tmp_path)
         spoil(broken, template)
-        with pytest.raises(hub.PublishError, match=message):
+        with pytest.raises(ValueError, match=message):
             hub.assemble(broken, tmp_path / "repository", "owner/tiny", template)
         assert {path.name for path in tmp_path.iterdir()} == {"broken", "localdit-shapes"}
 
@@ -670,9 +670,12 @@ class TestHandler:
     @pytest.fixture(scope="class")
     def client(self, repository, loopback_hub, tmp_path_factory):
         folder = tmp_path_factory.mktemp("endpoint")
+        served = shutil.copytree(repository, folder / "repository")
+        (served / "images").mkdir()
+        Image.new("RGB", (16, 16)).save(served / "images" / "a.png", pnginfo=settings_chunks({"guidance_scale": 1.5}))
         python = environment_without_package(folder / "venv")
         process = subprocess.Popen(
-            [python, "-c", ENDPOINT, repository],
+            [python, "-c", ENDPOINT, served],
             env=loopback_hub.environment(folder / "home") | {"HF_HUB_OFFLINE": "1"},
             cwd=folder,
             stdout=subprocess.PIPE,
@@ -692,6 +695,14 @@ class TestHandler:
         generator = torch.Generator().manual_seed(5)
         expected = pipe("a red circle", negative_prompt="a square", generator=generator, **settings).images[0]
         assert picture.tobytes() == expected.tobytes()
+
+    def test_guidance_is_by_default_that_of_the_first_example(self, client):
+        settings = {"height": 16, "width": 16, "num_inference_steps": 1, "seed": 0}
+        default, same, other = (
+            client.text_to_image("a red circle", **guidance, **settings)
+            for guidance in ({}, {"guidance_scale": 1.5}, {"guidance_scale": 7.0})
+        )
+        assert default.tobytes() == same.tobytes() != other.tobytes()
 
     def test_image_to_image(self, client):
         sketch = io.BytesIO()
@@ -734,6 +745,7 @@ class TestHandler:
         [
             ({"inputs": "a", "parameters": {"height": "high"}}, "`height` must be a number but is 'high'"),
             ({"inputs": "a", "parameters": {"seed": True}}, "`seed` must be a number but is True"),
+            ({"inputs": "a", "parameters": {"height": 10**400}}, "`height` must be a number but is 1000"),
             ({"inputs": "a", "parameters": {"guidance_scale": float("inf")}}, "`guidance_scale` must be a number"),
             ({"inputs": "a", "parameters": {"negative_prompt": 1}}, "`negative_prompt` must be a text but is 1"),
             ({"inputs": "a", "parameters": {"scheduler": "DDIM"}}, "unknown parameter `scheduler`; known are prompt"),
@@ -741,15 +753,19 @@ class TestHandler:
             ({"inputs": "a", "parameters": {"strength": 0.5}}, "`strength` needs a picture as `inputs`"),
             ({"inputs": 5}, "`inputs` must be a prompt, or a picture with `parameters.prompt`"),
             ({}, "`inputs` must be a prompt"),
-            ({"inputs": "no picture", "parameters": {"prompt": "a"}}, "`inputs` must be a picture in base64"),
+            ({"inputs": "no picture", "parameters": {"prompt": "a"}}, "`inputs` must be a PNG, JPEG or WebP picture"),
+            ({"inputs": "{eps}", "parameters": {"prompt": "a"}}, "`inputs` must be a PNG, JPEG or WebP picture"),
             ({"inputs": "{bomb}", "parameters": {"prompt": "a"}}, "the picture has 5000 x 5000 pixels"),
         ],
     )
     def test_bad_requests_get_a_reason(self, payload, message, client):
-        bomb = io.BytesIO()
-        Image.new("1", (5000, 5000)).save(bomb, "PNG")
+        content = io.BytesIO()
         if payload.get("inputs") == "{bomb}":
-            payload = payload | {"inputs": base64.b64encode(bomb.getvalue()).decode()}
+            Image.new("1", (5000, 5000)).save(content, "PNG")
+        elif payload.get("inputs") == "{eps}":  # for which Pillow starts Ghostscript
+            Image.new("L", (16, 16)).save(content, "EPS")
+        if content.tell():
+            payload = payload | {"inputs": base64.b64encode(content.getvalue()).decode()}
         request = urllib.request.Request(
             client.model, json.dumps(payload).encode(), {"Content-Type": "application/json"}
         )
@@ -795,23 +811,28 @@ class TestTemplates:
         assert "<Gallery />\n" in body
         for example in metadata["widget"]:
             assert example.keys() == {"text", "parameters", "output"} and isinstance(example["text"], str)
-            assert example["parameters"].keys() == {"negative_prompt"} and example["output"].keys() == {"url"}
+            assert example["parameters"].keys() <= {"negative_prompt", "guidance_scale"}
+            assert example["output"].keys() == {"url"}
             assert re.fullmatch(r"images/[\w-]+\.png", example["output"]["url"])
             if card.parent.name == BUNDLED_MODEL.name:  # the other model's come from who has it, see `assemble`
                 made_by = read_settings(BUNDLED_MODEL / example["output"]["url"])
-                assert made_by["prompt"] == example["text"]
-                assert made_by["negative_prompt"] == example["parameters"]["negative_prompt"]
+                assert {"text": made_by["prompt"], **example["parameters"]} == {
+                    "text": example["text"],
+                    "negative_prompt": made_by["negative_prompt"],
+                    "guidance_scale": made_by["guidance_scale"],
+                }
 
     def test_sections(self, card):
         _, body = self.metadata(card)
         sections = re.findall(r"^## (.+)$", body, re.MULTILINE)
         assert sections == [
-            "With the package", "Without the package", "Image to image", "The model", "Limitations", "Licence",
+            "With the package", "Without the package", "Image to image", "On an endpoint", "The model", "Limitations",
+            "Licence",
         ]  # fmt: skip
         assert "$model_info" in body and "DATAGRID" in body
 
     def test_code_serves_all_repositories(self, card):
-        for name in ("handler.py", "requirements.txt", ".gitattributes"):
+        for name in ("requirements.txt", ".gitattributes"):
             assert (card.parent / name).read_bytes() == (CARDS[0].parent / name).read_bytes()
 
     def test_requirements_are_those_of_the_package(self, card):

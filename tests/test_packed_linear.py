@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTTransformer2DModel
-from diffusers_localdit.cli import load_pipeline
+from diffusers_localdit.loading import load_pipeline
 from diffusers_localdit.packed_linear import PackedLinear, pack_linears, why_not_packed
 from diffusers_localdit.pipeline_localdit import LocalDiTPipeline
 from diffusers_localdit.precision import Int8Linear, quantize_int8, why_not_int8

@@ -2,15 +2,19 @@
 
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save
 from training_inputs import Training, arguments, own_process_as_before, rows, weights, write_shard  # noqa: F401
 
 from diffusers_localdit.cli import main as localdit
+from diffusers_localdit.training import train
+from diffusers_localdit.training.engine import BrokenSamples
 from diffusers_localdit.training.train import main
 
 pytestmark = pytest.mark.usefixtures("own_process_as_before")
@@ -86,6 +90,33 @@ class TestBeforeTheFirstStep:
         message = refusal(capsys, *words)
         assert f"needs {module}: pip install" in message
 
+    def test_missing_matplotlib(self, data, tmp_path, capsys, monkeypatch):
+        """Which nothing needs before the first validation."""
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert "needs matplotlib: pip install" in refusal(capsys, *arguments(data, tmp_path / "run"))
+
+    def test_one_process_opens_the_data_before_the_others(self, data, tmp_path, capsys, monkeypatch):
+        """Which may download it, to where the others find it then."""
+        first = []
+
+        @contextmanager
+        def goes_first(accelerator):
+            first.append(True)
+            yield
+            first.clear()
+
+        def open_source(data_root):
+            raise ValueError(f"opened {'in turn' if first else 'by all at once'}")
+
+        monkeypatch.setattr(Accelerator, "local_main_process_first", goes_first)
+        monkeypatch.setattr(train, "open_source", open_source)
+        assert "opened in turn" in refusal(capsys, *arguments(data, tmp_path / "run"))
+
+    def test_debug_shows_the_traceback(self, data, tmp_path, capsys):
+        words = arguments(data, tmp_path / "run", image_size=40)
+        assert main([*words, "--debug"], prog="train") == 2
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
     def test_missing_tracker(self, data, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("diffusers_localdit.training.engine.get_available_trackers", list)
         message = refusal(capsys, *arguments(data, tmp_path / "run", tracker="wandb"))
@@ -109,7 +140,7 @@ def test_command_and_script_say_the_same(capsys):
     """`localdit train` and `examples/train.py` are one thing."""
     assert localdit(["train", "--preset", "nothing"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("localdit train: error: there is no preset 'nothing'")
+    assert said.startswith("localdit: error: there is no preset 'nothing'")
 
 
 def test_diverged_run_stops_before_it_spoils_anything(data, tmp_path):
@@ -155,6 +186,14 @@ def test_more_than_one_in_a_hundred_broken(data, tmp_path):
     message = Training(broken, tmp_path / "run").error()
     assert "1 of 24 samples are broken, more than 1%" in message and "000003" in message
     assert "000003" in (tmp_path / "run" / "broken.txt").read_text()
+
+
+def test_broken_samples_have_any_names(tmp_path):
+    """Those of files are bytes."""
+    for _ in range(2):  # in a second run, too
+        broken = BrokenSamples(tmp_path / "broken.txt", samples=200)
+        broken.add(Accelerator(), ["\udcff.jpg: is no picture"])
+    assert (tmp_path / "broken.txt").read_bytes() == b"\xff.jpg: is no picture\n"
 
 
 def test_few_broken_are_named_and_left_out(tmp_path):

@@ -266,7 +266,6 @@ def test_a_full_disk_leaves_whole_shards(tmp_path):
     (tmp_path / "out" / "shard-000001.tar.tmp").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"cannot write .*shard-000001.tar: No space left on device; put it right"):
         precompute(str(data), tmp_path / "out", **arguments)
-    (tmp_path / "out" / "shard-000001.tar.tmp").unlink()
     assert files(tmp_path / "out").items() < files(tmp_path / "expected").items()
     precompute(str(data), tmp_path / "out", **arguments)
     assert files(tmp_path / "out") == files(tmp_path / "expected")

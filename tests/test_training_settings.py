@@ -10,7 +10,7 @@ from diffusers_localdit.training.settings import (
     CHANGEABLE,
     FIELDS,
     PRESETS,
-    Parser,
+    TrainingParser,
     TrainingSettings,
     add_arguments,
     preset_names,
@@ -19,7 +19,7 @@ from diffusers_localdit.training.settings import (
 
 
 def settings_of(*arguments) -> TrainingSettings:
-    parser = Parser(prog="train")
+    parser = TrainingParser(prog="train")
     add_arguments(parser)
     return resolve(parser.parse_args([str(argument) for argument in arguments]))
 
@@ -136,11 +136,19 @@ class TestRefusals:
     def test_missing_file(self, tmp_path, capsys):
         assert "No such file" in refusal(capsys, "--config", tmp_path / "none.yaml")
 
-    @pytest.mark.parametrize("value", ["yes please", 1])
-    def test_kinds_in_files(self, value, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        "name, value, message",
+        [
+            ("compile", "yes please", "compile must be true or false"),
+            ("compile", 1, "compile must be true or false"),
+            ("steps", float("inf"), "steps must be a whole number but is inf"),
+            ("learning_rate", 10**400, "learning_rate must be a number but is 1000"),
+        ],
+    )
+    def test_kinds_in_files(self, name, value, message, tmp_path, capsys):
         config = tmp_path / "mine.yaml"
-        config.write_text(yaml.safe_dump({"compile": value}))
-        assert "compile must be true or false" in refusal(capsys, "--config", config)
+        config.write_text(yaml.safe_dump({name: value}))
+        assert message in refusal(capsys, "--config", config)
 
 
 def manifest(settings: TrainingSettings, processes: int = 1, data: str = "these", pieces: str = "whole") -> dict:

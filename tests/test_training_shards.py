@@ -144,6 +144,13 @@ def server(tmp_path):
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(b"x" * 100)
+            elif self.path == "/chunks.tar":
+                self.protocol_version = "HTTP/1.1"
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"3e8\r\n" + b"x" * 100)
+                self.close_connection = True
             else:
                 super().do_GET()
 
@@ -171,11 +178,25 @@ def test_fetching_downloads_once_and_whole(tmp_path, server):
     assert requests == ["/a.tar", "/b/a.tar"]
 
 
-@pytest.mark.parametrize("name, reason", [("short.tar", "ended after 100 of 1000 bytes"), ("none.tar", "404")])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("short.tar", "ended after 100 of 1000 bytes"),
+        ("chunks.tar", "IncompleteRead"),
+        ("none.tar", "404"),
+        ("a b.tar", "URL can't contain control characters"),
+    ],
+)
 def test_failed_download_leaves_nothing(tmp_path, server, name, reason):
     with pytest.raises(DataError, match=f"cannot fetch http.*{name}.*{reason}"):
         fetch(f"{server[0]}/{name}", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("**/*"))
+
+
+def test_samples_that_fail_leave_no_part_of_a_shard(tmp_path):
+    with pytest.raises(ValueError, match=r"'a\.b' cannot be the key of a sample"):
+        write_shard(tmp_path / "a.tar", [*SAMPLES, ("a.b", {"txt": b""})])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(tmp_path, server):

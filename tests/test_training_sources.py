@@ -128,9 +128,14 @@ def test_shards_of_a_server_are_fetched_once(tmp_path):
 def test_datasets(tmp_path):
     (tmp_path / "file.png").write_bytes(picture(1))
     rows = {
-        "number": [0, 1, 2],
-        "image": [{"bytes": picture(0), "path": None}, {"bytes": None, "path": str(tmp_path / "file.png")}, None],
-        "text": ["first", "second", "third"],
+        "number": [0, 1, 2, 3],
+        "image": [
+            {"bytes": picture(0), "path": None},
+            {"bytes": None, "path": str(tmp_path / "file.png")},
+            None,
+            {"bytes": b"", "path": None},
+        ],
+        "text": ["first", "second", "third", "fourth"],
     }
     features = datasets.Features(
         {"number": datasets.Value("int64"), "image": datasets.Image(), "text": datasets.Value("string")}
@@ -140,8 +145,9 @@ def test_datasets(tmp_path):
     assert [source.read(index).caption for index in (0, 1)] == ["first", "second"]
     assert [source.size(index) for index in (0, 1)] == [(10, 20), (11, 20)]
     for read in (source.read, source.size):
-        with pytest.raises(BrokenSample, match="me/shapes row 2: has no picture"):
-            read(2)
+        for row in (2, 3):
+            with pytest.raises(BrokenSample, match=f"me/shapes row {row}: has no picture"):
+                read(row)
     with pytest.raises(DataError, match="me/text has the columns number; expected one of images and one named text"):
         DatasetsSource(datasets.Dataset.from_dict({"number": [1]}), "me/text")
 

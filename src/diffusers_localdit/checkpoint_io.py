@@ -1,5 +1,6 @@
 """Reading checkpoint files that nobody vouches for, and writing results that are complete or not there at all."""
 
+import json
 import os
 import pickle
 import re
@@ -130,6 +131,21 @@ def _read_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is no complete PyTorch checkpoint ({one_line(error)})") from error
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises `CheckpointError`."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def refuse_to_replace(output: str | os.PathLike, inputs: list[str | os.PathLike | None], folder: bool) -> None:
     """Guard `--overwrite` against deleting what holds no model, or what is just being read."""
     output = Path(output)
@@ -184,7 +200,7 @@ def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterato
         output.parent.mkdir(parents=True, exist_ok=True)
         _move_into_place(scratch / output.name, output, aside=scratch / "replaced")
     except WRITE_ERRORS as error:
-        if (why := why_not_written(error)) is None:
+        if (why := why_not_written(error)) is None or _concerns_another_file(error, scratch, output):
             raise
         raise CheckpointError(f"cannot write {output}: {why}") from error
     finally:
@@ -192,13 +208,23 @@ def written_whole(output: str | os.PathLike, overwrite: bool = False) -> Iterato
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _concerns_another_file(error: Exception, scratch: Path | None, output: Path) -> bool:
+    """Whether the files that an error names are none that are written, or a library has words of its own for it."""
+    if not isinstance(error, OSError) or scratch is None:
+        return False
+    if error.errno is None:
+        return True
+    named = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+    written = [name for name in named if Path(name).is_relative_to(scratch) or output.is_relative_to(name)]
+    return bool(named) and not written
+
+
 def _move_into_place(new: Path, output: Path, aside: Path) -> None:
-    replaced = os.path.lexists(output)
-    if replaced:
-        os.rename(output, aside)
     try:
+        if os.path.lexists(output):
+            os.rename(output, aside)
         os.rename(new, output)
-    except OSError:
-        if replaced:
+    except BaseException:  # Ctrl-C among them
+        if os.path.lexists(aside) and not os.path.lexists(output):
             os.rename(aside, output)
         raise

@@ -1,15 +1,13 @@
 """The command `localdit`: pictures from prompts and from pictures, conversion, and what a model is made of."""
 
 import argparse
-import inspect
 import itertools
 import math
 import random
 import re
 import sys
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,27 +17,24 @@ from PIL import Image
 
 from . import __version__, conversion, demo, hub
 from .checkpoint_io import one_line, written_whole
+from .command import Parser, fail
 from .demo.examples import examples_of
 from .key_mapping import DTYPES
+from .loading import (
+    PICTURE_DTYPES,
+    PIPELINE_ARGUMENTS,
+    default_dtype,
+    default_settings,
+    load_pipeline,
+    usable_device,
+)
 from .model_info import BUNDLED_NAME, describe, locate
-from .packed_linear import pack_linears, why_not_packed
 from .pipeline_localdit import LocalDiTPipeline
 from .pipeline_localdit_img2img import LocalDiTImg2ImgPipeline
 from .png_settings import picture_digest, read_settings, settings_chunks
-from .precision import fast_dtype, quantize_int8, why_not_int8
-from .streaming import stream_text_encoder
-from .transformer_localdit import LocalDiTTransformer2DModel
+from .precision import why_not_int8
 
-# The pipelines' names of the settings that go to them; what is not given is left to their defaults.
-PIPELINE_ARGUMENTS = {
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "guidance_scale": "guidance_scale",
-    "strength": "strength",
-}
-PICTURE_DTYPES = (*DTYPES.values(), "int8")
+PROG = "localdit"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -62,32 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        return fail("interrupted", 130, args.debug)
+        return fail(PROG, "interrupted", 130, args.debug)
     except (ValueError, OSError) as error:  # what a user can put right
-        return fail(one_line(error), 2, args.debug)
+        return fail(PROG, one_line(error), 2, args.debug)
     except torch.OutOfMemoryError:
-        return fail("out of memory: try --offload model, --dtype bfloat16 or a smaller size", 2, args.debug)
+        return fail(PROG, "out of memory: try --offload model, --dtype bfloat16 or a smaller size", 2, args.debug)
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {one_line(error)}; run with --debug and report it"
-        return fail(message, 1, args.debug)
+        return fail(PROG, message, 1, args.debug)
     return 0
 
 
-def fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"localdit: error: {message}", file=sys.stderr)
-    return code
-
-
 # Arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"localdit: error: {message} (see {self.prog} --help)\n")
 
 
 def text(value: str) -> str:
@@ -114,7 +95,7 @@ def seed_number(value: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="localdit", description=__doc__)
+    parser = Parser(prog=PROG, description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -239,16 +220,21 @@ def add_precompute_arguments(command: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> None:
     settings = requested_settings(args)
     if "image_sha256" in settings:
-        raise ValueError(f"{args.like} was made from a picture; repeat it with: localdit img2img IMAGE --like")
+        command = f"localdit img2img IMAGE --like {args.like}"
+        raise ValueError(f"{args.like} was made from a picture; repeat it with: {command}")
     make_pictures(args, settings, LocalDiTPipeline)
 
 
 def image_to_image(args: argparse.Namespace) -> None:
     settings = requested_settings(args)
-    image = load_image(args.image)
+    try:
+        image = load_image(args.image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{args.image} has too many pixels: {error}") from error
     digest = picture_digest(image)
     if args.like is not None and "image_sha256" not in settings:
-        raise ValueError(f"{args.like} was made without a picture to start from; repeat it with: localdit generate")
+        command = f"localdit generate --like {args.like}"
+        raise ValueError(f"{args.like} was made without a picture to start from; repeat it with: {command}")
     if settings.get("image_sha256", digest) != digest:
         raise ValueError(f"{args.like} was made from {settings.get('image')!r}, whose pixels {args.image} has not")
     settings |= {"image": Path(args.image).name, "image_sha256": digest}
@@ -299,21 +285,6 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}; choose --device {get_device()}") from error
-    count = torch.accelerator.device_count() if device.type == get_device() else 0
-    if device.type != "cpu" and (device.index or 0) >= count:
-        raise ValueError(f"the device {name} is not available here; choose --device {get_device()}")
-    return device
-
-
-def default_dtype(device: torch.device) -> str:
-    return DTYPES[fast_dtype(device)]
-
-
 def make_pictures(
     args: argparse.Namespace, settings: dict[str, Any], pipeline_class: type[DiffusionPipeline], **inputs: Any
 ) -> None:
@@ -342,54 +313,6 @@ def make_pictures(
             made = {"prompt": prompt, "seed": seed, "height": image.height, "width": image.width}
             save_picture(image, unfinished, defaults | settings | made_by | made)
         print(path, flush=True)
-
-
-def load_pipeline(
-    pipeline_class: type[DiffusionPipeline], settings: dict[str, Any], offload: str
-) -> DiffusionPipeline:
-    model, device = settings["model"], torch.device(settings["device"])
-    source = locate(model)
-    if isinstance(source, Path) and not (source / "model_index.json").exists():
-        raise ValueError(
-            f"{model} holds no pipeline: `localdit convert --pipeline-from` makes one of an original checkpoint, and a"
-            " trained transformer is put into one by `LocalDiTPipeline.from_pretrained(PIPELINE, transformer=...)`"
-        )
-    int8 = settings["dtype"] == "int8"
-    options = {"dtype": torch.float32 if int8 else getattr(torch, settings["dtype"]), "use_safetensors": True}
-    components = {}
-    try:
-        if offload == "disk":
-            components["text_encoder"] = stream_text_encoder(source, options["dtype"])
-        pipe = pipeline_class.from_pretrained(source, **options, **components)
-    except Exception as error:  # whatever an incomplete or foreign folder, or the network, makes the libraries raise
-        where = "" if isinstance(source, Path) else "there is no such folder, nor such a repository: "
-        raise ValueError(f"cannot load the model {model}: {where}{one_line(error)}") from error
-    if not isinstance(pipe.transformer, LocalDiTTransformer2DModel):
-        raise ValueError(f"{model} is no LocalDiT: its transformer is a {type(pipe.transformer).__name__}")
-
-    if int8:
-        quantize_int8(pipe.transformer)
-    elif why_not_packed(device, options["dtype"]) is None:
-        pack_linears(pipe.transformer)
-    if tile := settings.get("vae_tile"):
-        if tile % (4 * pipe.vae_scale_factor) != 0:  # a quarter of a tile overlaps the next one
-            raise ValueError(f"--vae-tile {tile} is not a multiple of {4 * pipe.vae_scale_factor}")
-        pipe.vae.enable_tiling()
-        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = tile, tile // pipe.vae_scale_factor
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif offload == "none":
-        pipe.to(device)
-    return pipe
-
-
-def default_settings(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What the pipeline does where nothing is asked for. Its default size is that of the pictures it returns."""
-    parameters = inspect.signature(pipe.__call__).parameters
-    defaults = {name: parameters[arg].default for name, arg in PIPELINE_ARGUMENTS.items() if arg in parameters}
-    return defaults | {"negative_prompt": ""}
 
 
 # Files

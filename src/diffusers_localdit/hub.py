@@ -14,7 +14,6 @@ whoever uploaded it first.
 
 import argparse
 import importlib
-import json
 import os
 import re
 import shlex
@@ -38,20 +37,22 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
-from .checkpoint_io import SAFETENSORS_SUFFIX, one_line, refuse_to_replace, written_whole
+from .checkpoint_io import SAFETENSORS_SUFFIX, one_line, read_json, refuse_to_replace, write_json, written_whole
 from .key_mapping import DTYPES
+from .loading import PIPELINE_ARGUMENTS
 from .model_info import DTYPE_NAMES, describe, locate
 from .pipeline_folder import COPIED_FILES, add_pipeline
 
 PACKAGE = Path(__file__).parent
 TEMPLATES = PACKAGE.parents[1] / "hub_configs"  # of a checkout; they are not installed
 
-# Files of the repository that are sources of the package. A component's file is named like the package, so that the
-# entry of `model_index.json` means the installed class or, where there is none, this file.
+# Files of the repository that are sources of the package, unless the template has its own. A component's file is named
+# like the package, so that the entry of `model_index.json` means the installed class or, without one, this file.
 REMOTE_CODE = {
     "pipeline.py": "pipeline_localdit.py",
     "pipeline_localdit_img2img.py": "pipeline_localdit_img2img.py",
     "transformer/diffusers_localdit.py": "transformer_localdit.py",
+    "handler.py": "endpoint_handler.py",
 }
 LIBRARIES = ("diffusers", "diffusers_localdit", "transformers")
 TRANSFORMER = ["diffusers_localdit", "LocalDiTTransformer2DModel"]
@@ -97,7 +98,7 @@ def assemble(
             The repository's id, which the card's examples name.
         template (`str` or `os.PathLike`):
             A folder with what is not part of the model: the card (`README.md`, in which `$repo_id`, `$note`,
-            `$model_info`, `$parameters` and `$download_size` are filled in), `.gitattributes`, `handler.py`, pictures.
+            `$model_info`, `$parameters` and `$download_size` are filled in), `.gitattributes`, pictures.
             Its JSON files say what the model has to be.
         base_pipeline (`str` or `os.PathLike`, *optional*):
             A folder or repository to take the VAE, text encoder and tokenizer from.
@@ -132,9 +133,9 @@ def assemble(
         for path in model.glob("images/*.png"):  # the model's examples
             (folder / "images").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "images" / path.name)
-        _add_template(folder, template)
         for name, source in REMOTE_CODE.items():
             shutil.copyfile(PACKAGE / source, folder / name)
+        _add_template(folder, template)
         missing = _leave_out_missing_pictures(folder / "README.md")
         _fill_in_card(folder / "README.md", repo_id)
     return missing
@@ -237,11 +238,11 @@ def _add_components(
 ) -> dict[str, list[str]]:
     """Puts the components and `model_index.json` into the folder; returns the library and class of each."""
     if base_pipeline is None:
-        index = _read_json(model / "model_index.json")
+        index = read_json(model / "model_index.json")
     else:
         _copy_component(model / "transformer", folder / "transformer")
-        add_pipeline(folder, base_pipeline, _read_json(folder / "transformer" / "config.json"), text_encoder)
-        index = _read_json(folder / "model_index.json")
+        add_pipeline(folder, base_pipeline, read_json(folder / "transformer" / "config.json"), text_encoder)
+        index = read_json(folder / "model_index.json")
     if index.get("transformer", [None, None])[1] != TRANSFORMER[1]:
         raise PublishError(f"{model} is no LocalDiT: its transformer is {index.get('transformer')}")
     index = {name: value for name, value in index.items() if name != "_name_or_path"}
@@ -254,7 +255,7 @@ def _add_components(
             raise PublishError(f"{model} has {name} of {library}.{class_name}; expected one of {', '.join(LIBRARIES)}")
         if base_pipeline is None:
             _copy_component(model / name, folder / name)
-    _write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
     return components
 
 
@@ -269,9 +270,9 @@ def _copy_component(source: Path, target: Path) -> None:
         return
     if not any(target.glob(f"*{SAFETENSORS_SUFFIX}")):
         raise PublishError(f"{source} has no .safetensors weights")
-    config = _read_json(config_path)
+    config = read_json(config_path)
     if config.pop("_name_or_path", None) is not None:  # a path on the machine where it was saved
-        _write_json(config_path, config)
+        write_json(config_path, config)
 
 
 def _convert_weights(
@@ -298,7 +299,10 @@ def _convert_weights(
 
 
 def _load(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
-    return model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    try:
+        return model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # whatever missing or foreign weights make the libraries raise
+        raise PublishError(f"cannot load {folder.name}: {one_line(error)}") from error
 
 
 def _save_weights(model: Any, folder: Path, max_shard_size: int, variant: str | None = None) -> None:
@@ -355,24 +359,13 @@ def _fill_in_card(card: Path, repo_id: str) -> None:
 
 def _require_agreement(found: Path, expected: Path) -> None:
     """Refuses to publish one model under the name of another."""
-    ours, theirs = _read_json(found), _read_json(expected)
+    ours, theirs = read_json(found), read_json(expected)
     for key, value in theirs.items():
         if not key.startswith("_") and ours.get(key) not in (value, [None, None]):
             raise PublishError(
                 f"the model's {found.parent.name}/{found.name} says {key}={ours.get(key)}, but {expected} says"
                 f" {value}; if this is another model, give it a folder of its own with --template"
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PublishError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -428,8 +421,10 @@ def run(args: argparse.Namespace) -> None:
             picture = model / example["output"]["url"]
             print(f"no picture for the card: {picture}", file=sys.stderr)
             if (model / "text_encoder").exists():
-                negative_prompt = example.get("parameters", {}).get("negative_prompt", "")
-                command = ["localdit", "generate", example["text"], "--negative-prompt", negative_prompt]
+                command = ["localdit", "generate", example["text"]]
+                for option, argument in PIPELINE_ARGUMENTS.items():
+                    if (value := example.get("parameters", {}).get(argument)) is not None:
+                        command += [f"--{option.replace('_', '-')}", str(value)]
                 command += ["--model", str(model), "--output", str(picture)]
                 print(f"to have it, make it and publish again: {shlex.join(command)}", file=sys.stderr)
         files = [path for path in sorted(output.rglob("*")) if path.is_file()]

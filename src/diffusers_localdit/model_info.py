@@ -1,6 +1,5 @@
 """Where a model is, and what it is made of, without loading its weights."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id
 
-from .checkpoint_io import one_line
+from .checkpoint_io import one_line, read_json
 
 BUNDLED_NAME = "localdit-shapes"
 BUNDLED_MODEL = Path(__file__).parent / "models" / BUNDLED_NAME
@@ -74,12 +73,12 @@ def describe(model: str) -> str:
     source = locate(model)
     folder = source if isinstance(source, Path) else _fetch_configs(source)
     config_path = folder / "transformer" / "config.json"
-    config = _read_json(config_path) if config_path.exists() else {}
+    config = read_json(config_path) if config_path.exists() else {}
     if config.get("_class_name") != "LocalDiTTransformer2DModel":
         raise ValueError(f"{model} is no LocalDiT: its transformer is {config.get('_class_name', 'not there')}")
     components = list(_components(folder, repository=source if isinstance(source, str) else None))
     vae_config = folder / "vae" / "config.json"
-    vae_scale_factor = 2 ** (len(_read_json(vae_config)["block_out_channels"]) - 1) if vae_config.exists() else 8
+    vae_scale_factor = 2 ** (len(read_json(vae_config)["block_out_channels"]) - 1) if vae_config.exists() else 8
     return "\n".join([f"{model} ({folder})", "", *_table(components), "", *_layout(config, vae_scale_factor)])
 
 
@@ -93,7 +92,7 @@ def _fetch_configs(repository: str) -> Path:
 def _components(folder: Path, repository: str | None) -> Iterator[Component]:
     index_path = folder / "model_index.json"
     index = (
-        _read_json(index_path)
+        read_json(index_path)
         if index_path.exists()
         else {"transformer": ["diffusers_localdit", "LocalDiTTransformer2DModel"]}
     )
@@ -113,7 +112,7 @@ def _components(folder: Path, repository: str | None) -> Iterator[Component]:
 def _weight_files(folder: Path, library: str) -> list[str]:
     single = WEIGHTS_STEMS.get(library, "diffusion_pytorch_model") + ".safetensors"
     index = folder / f"{single}.index.json"
-    return sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [single]
+    return sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [single]
 
 
 def _parameter_count(folder: Path, file: str, repository: str | None) -> dict[str, int]:
@@ -161,10 +160,3 @@ def _layout(config: dict[str, Any], vae_scale_factor: int) -> list[str]:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error

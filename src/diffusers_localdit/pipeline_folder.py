@@ -1,13 +1,12 @@
 """Making a folder with a converted transformer a whole pipeline, with components of another one."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_io import CheckpointError, one_line
+from .checkpoint_io import CheckpointError, one_line, read_json, write_json
 from .model_info import BUNDLED_NAME, locate
 
 # The sampler that the release was published with.
@@ -66,7 +65,7 @@ def add_pipeline(
 
     names = [name for name in COMPONENT_CLASSES if text_encoder or name == "vae"]
     origin = _component_folder(source, names)
-    index = _read_json(origin / "model_index.json") if (origin / "model_index.json").exists() else {}
+    index = read_json(origin / "model_index.json") if (origin / "model_index.json").exists() else {}
     components = {name: index.get(name, COMPONENT_CLASSES[name]) for name in names}
     for name in components:
         if not (origin / name).is_dir():
@@ -85,7 +84,7 @@ def add_pipeline(
         **components,
         "transformer": ["diffusers_localdit", "LocalDiTTransformer2DModel"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model_index.json", index)
     return (
         f"{', '.join(components)} copied from {source}; the release was trained with FLAN-T5-XXL",
         "scheduler set to the release's DPMSolverMultistep, whatever the source has",
@@ -106,18 +105,8 @@ def _component_folder(source: str | os.PathLike, names: list[str]) -> Path:
 
 def _require_fit(component: Path, config: Mapping[str, Any]) -> None:
     theirs, ours = FITTING_SIZES[component.name]
-    found = _read_json(component / "config.json").get(theirs)
+    found = read_json(component / "config.json").get(theirs)
     if found != config[ours]:
         raise CheckpointError(f"{component} has {theirs}={found} but the transformer has {ours}={config[ours]}")
     if not any(component.glob("*.safetensors")):
         raise CheckpointError(f"{component} has no .safetensors weights")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content

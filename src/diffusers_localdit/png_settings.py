@@ -68,7 +68,12 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = dict(image.text)
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises at the various ways to be broken
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what PIL raises at the various ways to be broken
         raise ValueError(f"cannot read {path} as a PNG file: {error}") from error
 
     settings = {}

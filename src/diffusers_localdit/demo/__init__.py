@@ -5,6 +5,7 @@ import argparse
 from diffusers.utils.torch_utils import get_device
 
 from ..key_mapping import DTYPES
+from ..loading import default_dtype, usable_device
 from ..model_info import BUNDLED_NAME
 
 HOST = "127.0.0.1"
@@ -32,7 +33,6 @@ def serve(
         `ValueError`: gradio is missing, or the model cannot be loaded.
         `OSError`: The port is taken.
     """
-    from ..cli import default_dtype, usable_device
     from .examples import examples_of
     from .painter import Painter
 
@@ -58,13 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR_OR_REPO", default=BUNDLED_NAME, help="folder or repository id (default: %(default)s)"
     )
     parser.add_argument("--host", default=HOST, help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=port_number, help="default: the first free one from 7860")
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES.values()),
         help="default: bfloat16 where the device has instructions for it, float32 elsewhere",
     )
+
+
+def port_number(value: str) -> int:
+    if not 1 <= int(value) < 2**16:
+        raise argparse.ArgumentTypeError(f"{value} is not from 1 to 65535")
+    return int(value)
 
 
 def run(args: argparse.Namespace) -> None:

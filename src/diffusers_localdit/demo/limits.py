@@ -1,6 +1,5 @@
 """What the demo accepts: numbers in their ranges, texts and pictures of bounded size."""
 
-import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ class Range(NamedTuple):
     def check(self, label: str, value: Any) -> int | float:
         """The number itself, as an `int` where the range is of whole numbers; raises `ValueError`."""
         whole = isinstance(self.step, int)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = is_number and self.low <= value <= self.high
         if not fits or (whole and (value - self.low) % self.step != 0):
             steps = f" in steps of {self.step}" if whole and self.step > 1 else ""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..cli import PIPELINE_ARGUMENTS, default_settings, load_pipeline
+from ..loading import PIPELINE_ARGUMENTS, default_settings, load_pipeline
 from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from ..pipeline_localdit_img2img import LocalDiTImg2ImgPipeline

@@ -119,6 +119,9 @@ def as_number(norm: torch.Tensor) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
+NAMES_OF_FILES = {"encoding": "utf-8", "errors": "surrogateescape"}  # any bytes may be in them
+
+
 class BrokenSamples:
     """
     Counts the samples that could not be used, each once, and names them in a file.
@@ -142,8 +145,10 @@ class BrokenSamples:
         """
         self.found.update(gather_object(complaints))
         if self.found and accelerator.is_main_process:
-            named = set(self.path.read_text().splitlines()) if self.path.exists() else set()  # by a run before this
-            with self.path.open("a") as file:
+            named = (
+                set(self.path.read_text(**NAMES_OF_FILES).splitlines()) if self.path.exists() else set()
+            )  # by a run before this
+            with self.path.open("a", **NAMES_OF_FILES) as file:
                 file.writelines(f"{complaint}\n" for complaint in sorted(self.found - named))
         if len(self.found) > MOST_BROKEN * self.samples:
             raise ValueError(

@@ -123,7 +123,8 @@ def memory_estimate(transformer: LocalDiTTransformer2DModel, settings: TrainingS
 def activation_bytes(transformer: LocalDiTTransformer2DModel, settings: TrainingSettings) -> int:
     """What the backward pass of one batch needs of the forward pass, in float32."""
     config, tokens = transformer.config, (settings.image_size // VAE_SCALE_FACTOR // PATCH_SIZE) ** 2
-    meta = LocalDiTTransformer2DModel.from_config(config).to("meta")  # computes without numbers
+    with torch.device("meta"):  # computes without numbers
+        meta = LocalDiTTransformer2DModel.from_config(config)
     everything = saved_bytes(meta, settings)
     if not settings.gradient_checkpointing:
         return everything

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import get_device
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from ..checkpoint_io import one_line
+from ..checkpoint_io import one_line, read_json
 from ..model_info import BUNDLED_NAME, locate
 from ..pipeline_localdit import LocalDiTPipeline
 from .buckets import assign, buckets
@@ -25,11 +25,10 @@ from .encode import encode_captions, encode_pictures, load_parts
 from .models import PATCH_SIZE
 from .pictures import PictureError, decode, resize_and_crop
 from .random import Stream, sample_generator
-from .shards import PRECOMPUTE_SETTINGS, SHARD_NAME, DataError, write_shard
+from .shards import PRECOMPUTE_SETTINGS, SHARD_NAME, UNFINISHED, DataError, write_shard
 from .sources import MOST_BROKEN, BrokenSample, Source, normalize_caption, open_source
 
 BROKEN_FILE = "broken.txt"
-UNFINISHED = ".tmp"
 
 
 def precompute(
@@ -215,7 +214,7 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
     """Refuses a folder that was begun with other settings, or where other files lie."""
     path = output / PRECOMPUTE_SETTINGS
     if path.exists():
-        begun = json.loads(path.read_text())
+        begun = read_json(path)
         if differing := [name for name, value in settings.items() if begun.get(name) != value]:
             raise ValueError(
                 f"{output} was begun with other settings: "

@@ -6,18 +6,32 @@ import difflib
 import math
 import typing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from ..command import Parser
+
 PRESETS = Path(__file__).parent / "presets"
 # What may differ when a run is resumed. All else decides what the run computes.
-CHANGEABLE = (
-    *("steps", "decay_steps", "output", "checkpoint_every", "keep_checkpoints", "validate_every"),
-    *("validation_prompts", "validation_root", "validation_samples", "tracker", "num_workers"),
-    *("gradient_checkpointing", "compile", "text_tokens", "init_from"),
+CHANGEABLE = {
     "batch_size",  # but not its product with the number of processes
-)
+    "checkpoint_every",
+    "compile",
+    "decay_steps",
+    "gradient_checkpointing",
+    "init_from",
+    "keep_checkpoints",
+    "num_workers",
+    "output",
+    "steps",
+    "text_tokens",
+    "tracker",
+    "validate_every",
+    "validation_prompts",
+    "validation_root",
+    "validation_samples",
+}
 
 
 def option(default: Any, summary: str, choices: tuple[str, ...] | None = None, minimum: float | None = None) -> Any:
@@ -83,8 +97,8 @@ class TrainingSettings:
 
     mixed_precision: str = option("bf16", "in which to compute; weights are float32", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "less memory, more computation")
-    compile: bool = option(False, "compile the transformer's blocks, which pads all captions to one length")
-    text_tokens: int = option(120, "that length", minimum=1)
+    compile: bool = option(False, "compile the transformer's blocks; all captions are padded then")
+    text_tokens: int = option(120, "length in tokens to which --compile pads captions", minimum=1)
 
     checkpoint_every: int = option(1000, "steps", minimum=1)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints are kept", minimum=1)
@@ -167,7 +181,8 @@ METAVARS = {str: "NAME", int: "N", float: "X", dict[str, Any]: "YAML"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset`, `--config`, `--dry-run` and one option for each field."""
+    """Add `--debug`, `--preset`, `--config`, `--dry-run` and one option for each field."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(preset_names())}")
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings, laid over the preset")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -202,8 +217,8 @@ def resolve(args: argparse.Namespace) -> TrainingSettings:
     return settings.replace(**given)
 
 
-class Parser(argparse.ArgumentParser):
-    """Names the option nearest to an unknown one; reports errors in one line."""
+class TrainingParser(Parser):
+    """Names the option nearest to an unknown one."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs, allow_abbrev=False)
@@ -214,9 +229,6 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"there is no option {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}")
         return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def preset_names() -> list[str]:
@@ -267,7 +279,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
             value = number
         elif not _is_a(kind, value):
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{field.name} must be {expected}{' or none' if optional else ''} but is {value!r}") from None
     minimum, choices = field.metadata["minimum"], field.metadata["choices"]
     if minimum is not None and value < minimum:

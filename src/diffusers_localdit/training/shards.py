@@ -7,6 +7,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from ..checkpoint_io import one_line, written_whole
 
 SHARD_CACHE = Path(HF_HOME) / "localdit_shards"
 SHARD_NAME = "shard-{:06}.tar"
+UNFINISHED = ".tmp"
 PRECOMPUTE_SETTINGS = "precompute.json"  # what precomputed shards were made of, and how
 
 
@@ -90,7 +92,7 @@ def fetch(url: str, folder: str | os.PathLike = SHARD_CACHE) -> str:
                     while block := answer.read(1 << 20):
                         file.write(block)
                         progress.update(len(block))
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise DataError(f"cannot fetch {url}: {one_line(error)}") from error
         if size and scratch.stat().st_size != size:
             raise DataError(f"cannot fetch {url}: the connection ended after {scratch.stat().st_size} of {size} bytes")
@@ -172,16 +174,19 @@ def write_shard(path: str | os.PathLike, samples: Iterable[tuple[str, dict[str, 
             Keys, without dots and different from the key before, and their members by extension.
     """
     path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for key, members in samples:
-                for extension, content in members.items():
-                    member = tarfile.TarInfo(f"{key}.{extension}")
-                    if _key_and_extension(member)[0] != key:
-                        raise ValueError(f"{key!r} cannot be the key of a sample; expected a name without dots")
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                for key, members in samples:
+                    for extension, content in members.items():
+                        member = tarfile.TarInfo(f"{key}.{extension}")
+                        if _key_and_extension(member)[0] != key:
+                            raise ValueError(f"{key!r} cannot be the key of a sample; expected a name without dots")
+                        member.size = len(content)
+                        tar.addfile(member, BytesIO(content))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

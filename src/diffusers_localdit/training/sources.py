@@ -93,7 +93,10 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of the names of all samples (of the names and sizes of shards), equal on every machine."""
+        """
+        What tells this data set from others, equal on every machine: a hash of the names of all samples; of the names
+        and sizes of shards; of the name and length of a data set by name.
+        """
 
 
 class FolderSource(Source):
@@ -277,7 +280,7 @@ class DatasetsSource(Source):
 
     def _picture(self, name: str, row: dict[str, Any]) -> bytes:
         picture = row[self.picture_column]
-        if picture is None:
+        if picture is None or not (picture["bytes"] or picture["path"]):
             raise BrokenSample(name, "has no picture")
         try:
             return picture["bytes"] or Path(picture["path"]).read_bytes()

@@ -6,7 +6,6 @@ Train LocalDiT. Run the same command again to go on where it stopped.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from transformers import get_wsd_schedule
 
 from ..checkpoint_io import one_line
+from ..command import fail
 from .buckets import batches_per_epoch, buckets
 from .checkpoints import (
     averaged,
@@ -52,9 +52,9 @@ from .models import (
 )
 from .objective import diffusion_loss, offset_noise, training_scheduler
 from .optimizers import build_optimizer
-from .settings import Parser, TrainingSettings, add_arguments, resolve
+from .settings import TrainingParser, TrainingSettings, add_arguments, resolve
 from .sources import Source, open_source
-from .validation import Metrics, save_pictures, save_plot, validation_loss
+from .validation import Metrics, check_plots, save_pictures, save_plot, validation_loss
 
 
 def main(
@@ -73,7 +73,7 @@ def main(
     Returns:
         `int`: The exit code: 0 when done or stopped by SIGTERM, 2 for what the user can put right, 130 after Ctrl-C.
     """
-    parser = Parser(prog=prog, description=__doc__.strip().splitlines()[0])
+    parser = TrainingParser(prog=prog, description=__doc__.strip().splitlines()[0])
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
@@ -86,18 +86,14 @@ def main(
             with stop_signal() as stop:
                 train(settings, stop, build)
     except KeyboardInterrupt:
-        return fail(parser.prog, "interrupted; run the same command to go on from the last checkpoint", 130)
+        message = "interrupted; run the same command to go on from the last checkpoint"
+        return fail(parser.prog, message, 130, args.debug)
     except (ValueError, OSError, FloatingPointError) as error:
-        return fail(parser.prog, one_line(error), 2)
+        return fail(parser.prog, one_line(error), 2, args.debug)
     except torch.OutOfMemoryError:
         advice = "--gradient-checkpointing, or a smaller --batch-size with more --gradient-accumulation-steps"
-        return fail(parser.prog, f"out of memory: try {advice}", 2)
+        return fail(parser.prog, f"out of memory: try {advice}", 2, args.debug)
     return 0
-
-
-def fail(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 def train(
@@ -118,13 +114,15 @@ def train(
         `FloatingPointError`: The loss or the gradient is not finite any more. Nothing has been overwritten.
         `CheckpointError`: A checkpoint cannot be written.
     """
+    check_plots()
     output = Path(settings.output)
     checkpoint_folder = output / "checkpoints"
     accelerator = build_accelerator(settings)
     global_batch_size = settings.batch_size * accelerator.num_processes
 
     # 1. Where to go on
-    source = open_source(settings.data_root)
+    with accelerator.local_main_process_first():  # which downloads shards
+        source = open_source(settings.data_root)
     manifest = {
         "settings": dataclasses.asdict(settings),
         "global_batch_size": global_batch_size,

@@ -1,5 +1,6 @@
 """What a run shows of itself: metrics, the loss on fixed noise, pictures of fixed prompts, a plot of the loss."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from .objective import diffusion_loss
 
 TIMESTEPS = range(50, 1000, 100)
 SAMPLING_STEPS = 20
+POINTS = 200  # of the plot
 
 
 class Metrics:
@@ -132,13 +134,19 @@ def save_pictures(
             make_image_grid(pictures, rows=1, cols=len(pictures)).save(unfinished)
 
 
-def save_plot(rows: list[dict[str, Any]], path: Path, points: int = 200) -> None:
+def check_plots() -> None:
+    """Raises `ValueError` where `save_plot` would fail for want of a library."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the plot of the loss needs matplotlib: pip install 'diffusers-localdit[train]'")
+
+
+def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
     """The training loss, averaged to some two hundred points, and the validation loss."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    width = -(-len(rows) // points)
+    width = -(-len(rows) // POINTS)
     means = [rows[start : start + width] for start in range(0, len(rows), width)]
     axes.plot(
         [part[-1]["step"] for part in means],
