@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -769,6 +770,8 @@ class TestRefusals:
             ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1 but is 0"),
             ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be at least 1 but is 0"),
             ({"max_sequence_length": 0}, "`max_sequence_length` must be at least 1 but is 0"),
+            ({"guidance_scale": math.inf}, "`guidance_scale` must be a finite number but is inf"),
+            ({"guidance_scale": math.nan}, "`guidance_scale` must be a finite number but is nan"),
             ({"output_type": "jpeg"}, "`output_type` .* 'jpeg'"),
             ({"generator": seeded(0, 1, 2)}, "`generator` must be one generator or a list of 1, .* has 3"),
             (
@@ -841,7 +844,7 @@ class TestRefusals:
     @given(size=st.integers(-100, 5000))
     def test_nearest_size_in_the_message(self, components, size):
         pipe = LocalDiTPipeline(**components)
-        arguments = [1, 1, 120, "pil", []]
+        arguments = [1, 1.0, 1, 120, "pil", []]
         if size > 0 and size % 16 == 0:
             pipe.check_inputs(size, 64, *arguments)
             return
@@ -850,6 +853,10 @@ class TestRefusals:
         nearest = int(re.search(r"nearest valid value is (\d+)\.$", str(error.value)).group(1))
         pipe.check_inputs(nearest, 64, *arguments)
         assert abs(nearest - size) == min(abs(valid - size) for valid in range(16, 5200, 16))
+
+    def test_latents_without_a_size(self, components):
+        with pytest.raises(ValueError, match=r"`latents` must have the shape \(1, 4, 16, 16\) but has \(16,\)"):
+            LocalDiTPipeline(**components)(PROMPT, latents=torch.zeros(16))
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_numbers_that_are_not_finite_while_sampling(self, pipe, components, monkeypatch, bad):

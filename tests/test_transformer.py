@@ -555,7 +555,8 @@ def test_lora_scale_is_an_attention_kwarg():
     [
         ({"attention_head_dim": 18}, "multiple of 4"),
         ({"num_attention_heads": 2, "attention_head_dim": 8}, "multiple of 12"),
-        ({"num_layers": 0}, "at least 1"),
+        ({"num_layers": 0}, "`num_layers` must be at least 1 but is 0"),
+        ({"num_attention_heads": -2, "attention_head_dim": -12}, "`num_attention_heads` must be at least 1 but is -2"),
     ],
 )
 def test_impossible_configurations_are_refused(config, message):

@@ -8,6 +8,7 @@ under `# Copied from`, and a test keeps both the same.
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -237,6 +238,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         height: int,
         width: int,
         num_inference_steps: int,
+        guidance_scale: float,
         num_images_per_prompt: int,
         max_sequence_length: int,
         output_type: str,
@@ -257,6 +259,8 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         ):
             if count < 1:
                 raise ValueError(f"`{name}` must be at least 1 but is {count}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number but is {guidance_scale}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent' but is {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -565,7 +569,8 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
         # 1. Size of the pictures and of the sample they are cut from
         default = self.transformer.config.sample_size
-        default_height, default_width = (default, default) if latents is None else latents.shape[-2:]
+        given = latents is not None and latents.ndim == 4
+        default_height, default_width = latents.shape[-2:] if given else (default, default)
         image_height = default_height * self.vae_scale_factor if height is None else height
         image_width = default_width * self.vae_scale_factor if width is None else width
         height, width = image_height, image_width
@@ -577,6 +582,7 @@ class LocalDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             height,
             width,
             num_inference_steps,
+            guidance_scale,
             num_images_per_prompt,
             max_sequence_length,
             output_type,

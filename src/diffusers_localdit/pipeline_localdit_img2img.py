@@ -251,6 +251,7 @@ class LocalDiTImg2ImgPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         height: int,
         width: int,
         num_inference_steps: int,
+        guidance_scale: float,
         num_images_per_prompt: int,
         max_sequence_length: int,
         output_type: str,
@@ -271,6 +272,8 @@ class LocalDiTImg2ImgPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         ):
             if count < 1:
                 raise ValueError(f"`{name}` must be at least 1 but is {count}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number but is {guidance_scale}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent' but is {output_type!r}.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
@@ -684,6 +687,7 @@ class LocalDiTImg2ImgPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             height,
             width,
             num_inference_steps,
+            guidance_scale,
             num_images_per_prompt,
             max_sequence_length,
             output_type,

@@ -41,7 +41,7 @@ LAYER_NORM_EPS = 1e-6
 # other devices, which want large kernels, so that what is made of all does not have to be there at once.
 SLAB_NUMBERS = 1024 * 1152
 GPU_SLAB_NUMBERS = 8192 * 1152
-QUERY_PARTS = 8
+QUERY_PARTS = 8  # of a picture's queries, where a kernel of cross-attention would leave a GPU idle
 
 
 class WindowGeometry(NamedTuple):
@@ -365,8 +365,8 @@ def once(cache: LocalDiTStepCache | None, key: Any, compute: Callable[[], Any]) 
 
 def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
     """
-    Turns the interleaved pairs (a, b) of `(..., heads, head_dim)` to (a cos - b sin, a sin + b cos), which may
-    overwrite them.
+    Turns the interleaved pairs (a, b) of `(..., L, heads, head_dim)` to (a cos - b sin, a sin + b cos), which may
+    overwrite them. The tables are `(L, 1, head_dim // 2)`, or `None` for no turn.
     """
     if cos is None or sin is None:
         return hidden_states
@@ -380,7 +380,7 @@ def apply_rotary(hidden_states: torch.Tensor, cos: torch.Tensor | None, sin: tor
 
 
 def window_attention_bias(table: torch.Tensor, geometry: WindowGeometry, batch_size: int) -> torch.Tensor:
-    """Relative position bias plus region mask: `(B*n, heads, w*w, w*w)`."""
+    """Relative position bias, of a table `((2w-1)^2, heads)`, plus region mask: `(B*n, heads, w*w, w*w)`."""
     bias = table[geometry.relative_position].permute(2, 0, 1).contiguous()  # (heads, w*w, w*w)
     bias = bias + geometry.attention_mask.to(table.dtype)  # (n, heads, w*w, w*w)
     return bias[None].expand(batch_size, -1, -1, -1, -1).flatten(0, 1)
@@ -661,6 +661,7 @@ class LocalDiTWindowAttention(LocalDiTAttention):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of the tokens, each `(B, L, C)`."""
         if self.fused_projections:
             return self.to_qkv(hidden_states).chunk(3, dim=-1)
         return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
@@ -681,6 +682,7 @@ class LocalDiTCrossAttention(LocalDiTAttention):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of the text, each `(B, T, C)`."""
         if self.fused_projections:
             return self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
         return self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
@@ -878,9 +880,10 @@ class LocalDiTTransformer2DModel(
         use_rope: bool = True,
     ):
         super().__init__()
+        for name, size in self.config.items():
+            if isinstance(size, int) and not isinstance(size, bool) and size < 1:
+                raise ValueError(f"`{name}` must be at least 1 but is {size}.")
         dim = num_attention_heads * attention_head_dim
-        if min(dim, in_channels, out_channels, num_layers, patch_size, caption_channels, sample_size, window_size) < 1:
-            raise ValueError("Every size in the configuration of `LocalDiTTransformer2DModel` must be at least 1.")
         if attention_head_dim % 4 != 0:
             raise ValueError(
                 f"`attention_head_dim` must be a multiple of 4 (rotary embedding turns pairs by column and by row) but"
