@@ -4,23 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow style
+.NOTPARALLEL: # two pips would be in each other's way
 
 # pip would compile one file after the other, which takes as long as all the rest. Not every file of a package compiles.
 INSTALL := $(BIN)/pip install --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 
 # torch comes first and by its exact pin, so that nothing else decides which build is taken.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(INSTALL) --constraint constraints.txt --editable .
-	$(COMPILE)
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --constraint constraints.txt --editable ".[dev]"
+# What is there already is compiled while pip, which uses one core, installs the rest.
+$(VENV)/installed-dev: EXTRA := [dev]
+$(VENV)/installed $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
+	$(COMPILE) & $(INSTALL) --constraint constraints.txt --editable ".$(EXTRA)" && wait
 	$(COMPILE)
-	touch $@
+	touch $(VENV)/installed $@
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/contact_sheet.py --output out/contact_sheet.png

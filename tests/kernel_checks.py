@@ -535,7 +535,7 @@ def test_model_with_kernels_meets_the_original():
 def test_training_gradients_equal_those_of_pytorch():
     model = tiny_transformer(num_layers=2).to(DEVICE).train()
     model.enable_gradient_checkpointing()
-    inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs(10, 6, batch_size=2))
+    inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs(10, 6, batch_size=1))
 
     def compute():
         return torch.nn.functional.mse_loss(model(**inputs).sample, torch.ones_like(inputs["hidden_states"]))
@@ -550,7 +550,7 @@ def test_repeated_blocks_share_one_graph():
     model, plain = tiny_transformer(num_layers=2).to(DEVICE), tiny_transformer(num_layers=2).to(DEVICE)
     install_triton_kernels(model)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
-    for height, width in ((16, 8), (10, 18)):
+    for height, width in ((16, 8), (6, 22)):
         inputs = map_tensors(lambda x: x.to(DEVICE), random_inputs(height, width))
         assert relative_error(model(**inputs).sample, plain(**inputs).sample) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

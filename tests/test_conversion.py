@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -515,9 +516,7 @@ class TestSingleFile:
 class TestCommandLine:
     """What the script does as a process of its own, and its options in this process."""
 
-    def process(self, *arguments):
-        command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
+    SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 
     def run(self, *arguments):
         parser = argparse.ArgumentParser()
@@ -525,15 +524,19 @@ class TestCommandLine:
         run(parser.parse_args([str(argument) for argument in arguments]))
 
     def test_a_process_prints_the_report(self, tmp_path):
-        process = self.process(WINDOW4, tmp_path / "out")
+        command = [sys.executable, self.SCRIPT, str(WINDOW4), str(tmp_path / "out")]
+        process = subprocess.run(command, capture_output=True, text=True)
         assert (process.returncode, process.stderr) == (0, "")
         assert "kept (" in process.stdout and str(tmp_path / "out") in process.stdout
 
-    def test_a_process_fails_with_one_line_and_exit_code_2(self, tmp_path):
+    def test_it_fails_with_one_line_and_exit_code_2(self, tmp_path, monkeypatch, capsys):
         torch.save({**tiny_original(), "epoch": print}, tmp_path / "a.pt")
-        process = self.process(tmp_path / "a.pt", tmp_path / "out")
-        assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
-        assert process.stderr.startswith("localdit: error: ") and "would run code" in process.stderr
+        monkeypatch.setattr(sys, "argv", [str(self.SCRIPT), str(tmp_path / "a.pt"), str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(self.SCRIPT), run_name="__main__")
+        output, errors = capsys.readouterr()
+        assert (output, errors.count("\n")) == ("", 1)
+        assert errors.startswith("localdit: error: ") and "would run code" in errors
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
     def test_every_option_reaches_the_conversion(self, tmp_path, capsys):

@@ -90,15 +90,26 @@ class TestInt8Linear:
         assert torch.equal(layer(torch.randn(2, 4)), linear.bias.expand(2, 3))
         assert layer(torch.randn(2, 0, 4)).shape == (2, 0, 3)
 
-    @pytest.mark.parametrize("instructions", ["DEFAULT", "AVX512_CORE_VNNI", "AVX2"])
-    def test_products_are_optimised_ones(self, instructions):
+    def test_products_are_optimised_ones(self):
         """oneDNN's reference loop gives the same numbers, thousands of times later."""
-        compute = "import torch; Int8Linear(torch.nn.Linear(145, 96))(torch.randn(130, 145))"
-        environment = os.environ | {"ONEDNN_VERBOSE": "1", "ONEDNN_MAX_CPU_ISA": instructions}
-        command = [sys.executable, "-c", f"from diffusers_localdit.precision import Int8Linear; {compute}"]
+        program = """
+import ctypes, os, sys, torch
+from diffusers_localdit.precision import Int8Linear
+for instructions in sys.argv[1:]:  # each in a process of its own, forked before oneDNN chooses
+    if os.fork() == 0:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = instructions
+        Int8Linear(torch.nn.Linear(145, 96))(torch.randn(130, 145))
+        ctypes.CDLL(None).fflush(None)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+        command = [sys.executable, "-c", program, "DEFAULT", "AVX512_CORE_VNNI", "AVX2"]
+        environment = os.environ | {"ONEDNN_VERBOSE": "1"}
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        (implementation,) = re.findall(r"exec,cpu,matmul,([^,]+),", printed)
-        assert "ref" not in implementation
+        *_, chosen = re.findall(r"info,cpu,isa:(.+)", printed)
+        assert chosen == "Intel AVX2"
+        implementations = re.findall(r"exec,cpu,matmul,([^,]+),", printed)
+        assert len(implementations) == 3 and not any("ref" in name for name in implementations)
 
     def test_gradients_are_refused(self):
         with pytest.raises(ValueError, match="without gradients"):
