@@ -35,7 +35,7 @@ ENGINES = {  # the environment, and the pieces of the optimizer's state
 }
 engines = pytest.mark.parametrize("engine", ["fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
 STEPS = 20
-SETTINGS = {"steps": STEPS, "validate_every": 10, "checkpoint_every": 10}
+SETTINGS = {"steps": STEPS, "validate_every": 5, "checkpoint_every": 10}  # steps follow both
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_optimizer_in_pieces_is_not_taken_for_a_whole_one(engine, data, tmp_path
 @needs_deepspeed
 class TestDeepSpeed:
     def test_gradients_are_accumulated(self, data, tmp_path):
-        settings = {"gradient_accumulation_steps": 2, "steps": STEPS, "validate_every": 10}
+        settings = {"gradient_accumulation_steps": 2, "steps": STEPS, "validate_every": 5}
         Training(data, tmp_path / "one", batch_size=4, **settings).finish()
         for process in run_processes(data, tmp_path / "two", count=2, batch_size=2, env=DEEPSPEED, **settings):
             process.finish()

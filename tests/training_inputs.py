@@ -17,7 +17,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save, save_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["diffusers_localdit.training.train", "matplotlib.backends.backend_agg"])
+# Of DeepSpeed accelerate asks in every run whether the model is one of its own.
+PRELOADED = ["diffusers_localdit.training.train", "matplotlib.figure", "matplotlib.backends.backend_agg", "deepspeed"]
+PROCESSES.set_forkserver_preload(PRELOADED)
+os.environ["DS_ACCELERATOR"] = "cpu"  # or it would look for others when it is imported
 NUMBERS = itertools.count()
 CHANNELS = 8  # of the text embeddings
 # Without accelerator, even where there is one: exact resuming is promised for the CPU.
@@ -33,7 +36,7 @@ TINY = {
     "ema_decay": 0.9,
     "steps": 8,
     "checkpoint_every": 2,
-    "validate_every": 3,
+    "validate_every": 5,
     "validation_samples": 2,
     "architecture": json.dumps(
         {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "caption_channels": CHANNELS}

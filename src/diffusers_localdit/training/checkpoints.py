@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint_io import WRITE_ERRORS, CheckpointError, one_line, why_not_written
 from ..pipeline_localdit import LocalDiTPipeline
@@ -170,8 +171,19 @@ def averaged(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         for parameter, value in zip(parameters, kept):
             parameter.data.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Have FSDP2 forget the weights that it gathered from all processes. Of the outermost module it keeps them after a
+    forward pass for a backward one; where none follows, the next forward pass would compute with them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def save_weights(folder: Path, accelerator: Accelerator, model: nn.Module, variant: str | None = None) -> None:
