@@ -432,7 +432,7 @@ class TestServer:
 
 
 class TestManyVisitors:
-    COUNT = 10
+    COUNT = 20
 
     def test_each_gets_a_picture_of_its_own_and_memory_stays(self, tmp_path, painter):
         settings = [SETTINGS | {"seed": seed, "steps": 2} for seed in range(self.COUNT)]

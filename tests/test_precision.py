@@ -107,7 +107,7 @@ for instructions in sys.argv[1:]:  # each in a process of its own, forked before
         environment = os.environ | {"ONEDNN_VERBOSE": "1"}
         printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         *_, chosen = re.findall(r"info,cpu,isa:(.+)", printed)
-        assert chosen == "Intel AVX2"
+        assert chosen == "Intel AVX2" or platform.machine() != "x86_64"
         implementations = re.findall(r"exec,cpu,matmul,([^,]+),", printed)
         assert len(implementations) == 3 and not any("ref" in name for name in implementations)
 

@@ -9,6 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 PREFIX = "localdit:"
+# What PIL raises at the various ways to be broken, and at more pixels than it takes.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # What is kept, and as what it is read back.
 SETTINGS = {
     "prompt": str,
@@ -68,12 +70,7 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = dict(image.text)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what PIL raises at the various ways to be broken
+    except UNREADABLE as error:
         raise ValueError(f"cannot read {path} as a PNG file: {error}") from error
 
     settings = {}

@@ -145,11 +145,9 @@ class BrokenSamples:
         """
         self.found.update(gather_object(complaints))
         if self.found and accelerator.is_main_process:
-            named = (
-                set(self.path.read_text(**NAMES_OF_FILES).splitlines()) if self.path.exists() else set()
-            )  # by a run before this
+            before = self.path.read_text(**NAMES_OF_FILES) if self.path.exists() else ""  # by an earlier run, too
             with self.path.open("a", **NAMES_OF_FILES) as file:
-                file.writelines(f"{complaint}\n" for complaint in sorted(self.found - named))
+                file.writelines(f"{complaint}\n" for complaint in sorted(self.found - set(before.splitlines())))
         if len(self.found) > MOST_BROKEN * self.samples:
             raise ValueError(
                 f"{len(self.found)} of {self.samples} samples are broken, more than {MOST_BROKEN:.0%}; one is"
