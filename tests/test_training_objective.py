@@ -175,7 +175,7 @@ def test_p2_weight_evens_out_the_errors_of_a_trained_model():
 def test_offset_noise_has_the_distribution_of_an_added_offset():
     """Variance of a channel's mean: 1 / (h w) + offset^2. What is left of each channel is the same white noise."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(5000, 4, 4, 6, generator=generator)
+    noise = torch.randn(5000, 4, 3, 8, generator=generator)
     shifted = offset_noise(noise, 0.3)
     # The sample variance of 20,000 normal numbers is within 5 of its own standard deviations, sqrt(2 / n) of it.
     expected = 1 / 24 + 0.3**2
@@ -215,5 +215,7 @@ def test_initial_weights():
         assert not block.cross_attn.to_out[0].weight.any()
         assert block.attn.global_context.to_k.weight.abs().max() <= math.sqrt(6 / 48)  # Xavier's bound, 24 in, 24 out
         assert not block.attn.to_q.bias.any()
+    patches = model.pos_embed.proj.weight  # a linear of 2 x 2 pixels of 4 channels
+    assert 0.9 < patches.abs().max() / math.sqrt(6 / (16 + 24)) <= 1
     embedder = model.adaln_single.linear.weight
     assert embedder.std().item() == pytest.approx(0.02, rel=0.1)

@@ -1,5 +1,6 @@
 """Encoding for training, and `localdit precompute`: what is in the shards, and that no interruption shows in them."""
 
+import json
 import multiprocessing
 import random
 import signal
@@ -174,6 +175,29 @@ def test_workers_change_nothing(tmp_path):
     precompute(str(data), tmp_path / "alone", num_workers=0, **settings)
     precompute(str(data), tmp_path / "workers", num_workers=2, **settings)
     assert files(tmp_path / "alone") == files(tmp_path / "workers")
+
+
+@pytest.mark.parametrize(
+    "dtype, vae_dtype", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")]
+)
+def test_batches_are_full_and_of_one_size(tmp_path, monkeypatch, pipe, dtype, vae_dtype):
+    """A VAE may overflow in float16, which is for the text encoder alone."""
+    pipe.save_pretrained(tmp_path / "pipe")
+    data = make_pictures(tmp_path / "data", 10, sizes=((64, 64), (64, 64), (32, 100)))
+    batches = []
+
+    def encode(vae, pixel_values):
+        batches.append((vae.dtype, *pixel_values.shape))
+        return encode_pictures(vae, pixel_values)
+
+    monkeypatch.setattr("diffusers_localdit.training.precompute.encode_pictures", encode)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"image_size": 64, "aspect_ratio_buckets": True, "batch_size": 3}
+    precompute(str(data), tmp_path / "out", pipeline="pipe", dtype=dtype, num_workers=0, **sizes)
+    assert sorted(shape for _, *shape in batches) == [[1, 3, 64, 64], [3, 3, 32, 96], *[[3, 3, 64, 64]] * 2]
+    assert {dtype for dtype, *_ in batches} == {getattr(torch, vae_dtype)}
+    # Trained with from another folder, too, the shards name what they were made with.
+    assert json.loads((tmp_path / "out" / "precompute.json").read_text())["pipeline"] == str(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])

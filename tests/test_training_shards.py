@@ -119,7 +119,7 @@ def test_compressed_and_missing_shards_are_refused(tmp_path):
 
 
 def test_braces_and_wildcards(tmp_path):
-    for name in ("b-1.tar", "b-0.tar", "c{x}.tar"):
+    for name in ("b-1.tar", "b-0.tar", "c{x}.tar", "d[1].tar"):
         (tmp_path / name).touch()
     assert expand("http://host/a-{08..11}.tar?x=1") == [f"http://host/a-{n}.tar?x=1" for n in ("08", "09", "10", "11")]
     assert expand("https://host/{train,val}-{0..1}.tar") == [
@@ -128,6 +128,7 @@ def test_braces_and_wildcards(tmp_path):
     assert expand(f"{tmp_path}/b-*.tar") == [f"{tmp_path}/b-0.tar", f"{tmp_path}/b-1.tar"]
     assert expand(f"{tmp_path}/b-{{1,*}}.tar") == [f"{tmp_path}/b-1.tar", f"{tmp_path}/b-0.tar"]
     assert expand(f"{tmp_path}/c{{x}}.tar") == [f"{tmp_path}/c{{x}}.tar"]
+    assert expand(f"{tmp_path}/d[{{1..1}}].tar") == [f"{tmp_path}/d[1].tar"]  # which matches d1.tar otherwise
     with pytest.raises(DataError, match=r"b-2\.tar matches no file"):
         expand(f"{tmp_path}/b-{{0..2}}.tar")
 

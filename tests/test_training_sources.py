@@ -47,10 +47,13 @@ def write_folder(folder, names=("b.png", "a.JPG", "sub/c.webp", "sub/a.png")):
         path.with_suffix(".txt").write_text(f"caption of {name}\n", encoding="utf-8")
 
 
-def test_folder_of_pictures(tmp_path):
+def test_folder_of_pictures(tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     write_folder(tmp_path)
     (tmp_path / "._a.jpg").write_bytes(b"left by another system")
     (tmp_path / "note.md").touch()
+    (tmp_path / "sub").rename(elsewhere / "sub")
+    (tmp_path / "sub").symlink_to(elsewhere / "sub")
     source = open_source(tmp_path)
     assert everything(source) == [
         (name, picture(number), f"caption of {name}\n", None)

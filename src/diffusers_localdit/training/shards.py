@@ -65,8 +65,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         return
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if bounds:
-        width = len(bounds[1]) if bounds[1].startswith("0") else 0
-        choices = [f"{number:0{width}}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+        choices = [f"{number:0{len(bounds[1])}}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:
         choices = braces[1].split(",")
     for choice in choices:
