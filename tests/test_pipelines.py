@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import io
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 from pipeline_fixtures import make_components
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from diffusers_localdit import BUNDLED_MODEL, pipeline_localdit, pipeline_localdit_img2img
 from diffusers_localdit.conversion import load_original
@@ -260,6 +262,29 @@ class TestSchedulers:
         latents_of(image_to_image, timesteps=[900, 500, 200, 50], strength=0.5)
         assert [call["timestep"][0].item() for call in transformer_calls] == [200, 50, 50]
 
+    @pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, HeunDiscreteScheduler])
+    def test_progress_is_counted_in_steps(self, pipe, scheduler_class, monkeypatch):
+        """Of which the second-order one takes two passes each, but for the last."""
+        pipe.scheduler = scheduler_class()
+        bar, shown = tqdm(file=io.StringIO()), []
+
+        def progress_bar(total):
+            bar.total = total
+            return bar
+
+        def callback(pipe, step, timestep, tensors):
+            shown.append(bar.n)
+            return tensors
+
+        monkeypatch.setattr(pipe, "progress_bar", progress_bar)
+        latents_of(pipe, num_inference_steps=4, callback_on_step_end=callback, **half(pipe))
+        steps = 2 if isinstance(pipe, LocalDiTImg2ImgPipeline) else 4
+        assert bar.n == bar.total == steps
+        if scheduler_class is HeunDiscreteScheduler:
+            assert shown == [n // 2 for n in range(2 * steps - 1)]
+        else:
+            assert shown == list(range(steps))
+
     def test_timesteps_and_sigmas_exclude_each_other(self, pipe):
         with pytest.raises(ValueError, match=r"timesteps.*sigmas"):
             latents_of(pipe, timesteps=[900, 10], sigmas=[10.0, 1.0])
@@ -307,7 +332,8 @@ class TestGuidance:
 class TestPrompts:
     def test_text_is_passed_raw(self, text_to_image):
         texts = ["  A Red CIRCLE!!  &amp; <b>blue</b>", "circle\n"]
-        embeds, mask, *_ = text_to_image.encode_prompt(texts, do_classifier_free_guidance=False)
+        embeds, mask, *negative = text_to_image.encode_prompt(texts, do_classifier_free_guidance=False)
+        assert negative == [None, None]
         inputs = text_to_image.tokenizer(texts, padding="max_length", max_length=120, return_tensors="pt")
         assert inputs.input_ids.shape == (2, 120)
         assert torch.equal(mask, inputs.attention_mask)

@@ -121,6 +121,9 @@ def test_shards_of_a_server_are_fetched_once(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}/{{00..01}}.tar"
     first = open_source(root, tmp_path / "cache")
+    (tmp_path / "www" / "00.tar").rename(tmp_path / "www" / "one")
+    one = open_source(f"http://127.0.0.1:{server.server_port}/one", tmp_path / "cache")
+    assert [sample[1] for sample in everything(one)] == [picture(0)]
     server.shutdown()
     server.server_close()
     again = open_source(root, tmp_path / "cache")
