@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers.hooks import PyramidAttentionBroadcastConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,12 +153,22 @@ def test_processors_are_set_on_self_attention_and_replaced(model):
 
 @pytest.mark.parametrize("backend", ["_native_math", "native"])
 @torch.no_grad()
-def test_attention_backends_agree(model, backend):
+def test_attention_backends_agree(model, backend, monkeypatch):
     expected = model(**random_inputs()).sample
+    backends = []
+
+    def dispatched(query, *arguments, **settings):
+        backends.append(settings["backend"])
+        return dispatch_attention_fn(query, *arguments, **settings)
+
+    monkeypatch.setattr(transformer_localdit, "dispatch_attention_fn", dispatched)
     model.set_attention_backend(backend)
     actual = model(**random_inputs()).sample
     model.reset_attention_backend()
     assert relative_error(actual, expected) < 1e-5
+    # Windows, for which a CPU has a faster way by default, the global branch's, and the text.
+    branches = 2 if model.config.use_global_context else 1
+    assert backends == [AttentionBackendName(backend)] * (branches + 1) * len(model.transformer_blocks)
 
 
 @torch.no_grad()
@@ -298,12 +309,16 @@ def test_only_plain_linears_are_computed_from_their_weights():
         assert is_plain(linear, x.bfloat16())
     assert not is_plain(linear, x.to("meta"))  # offloading
     assert not is_plain(type("Adapter", (torch.nn.Linear,), {})(4, 4), x)
-    handle = linear.register_forward_hook(lambda *arguments: None)
-    assert not is_plain(linear, x)
-    handle.remove()
-    handle = linear.register_full_backward_hook(lambda *arguments: None)
-    assert not is_plain(linear, x)
-    handle.remove()
+    for register in (
+        linear.register_forward_pre_hook,
+        linear.register_forward_hook,
+        linear.register_full_backward_pre_hook,
+        linear.register_full_backward_hook,
+    ):
+        handle = register(lambda *arguments: None)
+        assert not is_plain(linear, x)
+        handle.remove()
+        assert is_plain(linear, x)
     replaced = torch.nn.Linear(4, 4)
     replaced.forward = lambda x: x  # as some adapters do
     assert not is_plain(replaced, x)
