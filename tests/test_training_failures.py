@@ -1,16 +1,24 @@
 """What goes wrong in a run is said in one line, and what was there before is still good."""
 
-import shutil
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import save
-from training_inputs import Training, arguments, own_process_as_before, rows, weights, write_shard  # noqa: F401
+from training_inputs import (  # noqa: F401
+    Training,
+    arguments,
+    own_process_as_before,
+    rewrite_sample,
+    rows,
+    weights,
+    write_shard,
+)
 
 from diffusers_localdit.cli import main as localdit
 from diffusers_localdit.training import train
@@ -72,6 +80,18 @@ class TestBeforeTheFirstStep:
         picture.with_suffix(".txt").write_text("a caption")
         words = arguments(data, tmp_path / "run", validation_root=picture.parent)
         assert "must both be precomputed, or both hold pictures" in refusal(capsys, *words)
+
+    @pytest.mark.parametrize(
+        "other, complaint",
+        [
+            ({"channels": 16}, r"of the validation data have 16 channels, but the transformer takes 8"),
+            ({"latent_channels": 16}, r"none of the first 2 samples of .* has latents of shape \(16, 4, 4\)"),
+        ],
+    )
+    def test_validation_data_of_another_pipeline(self, other, complaint, data, tmp_path, capsys):
+        held_out = write_shard(tmp_path / "held_out", **other)
+        message = refusal(capsys, *arguments(data, tmp_path / "run", validation_root=held_out))
+        assert re.search(complaint, message)
 
     def test_half_precision_without_accelerator(self, data, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -163,23 +183,6 @@ def test_sample_that_is_to_blame_is_named(data, tmp_path):
     assert "with the samples shard-000000.tar/000007;" in message
 
 
-def rewrite_sample(data: Path, copy: Path, key: str, **changes: torch.Tensor) -> None:
-    """A copy of precomputed data in which one sample is another."""
-    import io
-    import tarfile
-
-    shutil.copytree(data, copy)
-    with tarfile.open(data / "shard-000000.tar") as old, tarfile.open(copy / "shard-000000.tar", "w") as new:
-        for member in old:
-            content = old.extractfile(member).read()
-            if member.name == f"{key}.safetensors":
-                from safetensors.torch import load
-
-                content = save(load(content) | changes)
-                member.size = len(content)
-            new.addfile(member, io.BytesIO(content))
-
-
 def test_more_than_one_in_a_hundred_broken(data, tmp_path):
     broken = tmp_path / "data"
     rewrite_sample(data, broken, "000003", prompt_embeds=torch.zeros(0, 8).half())
@@ -193,6 +196,7 @@ def test_broken_samples_have_any_names(tmp_path):
     for _ in range(2):  # in a second run, too
         broken = BrokenSamples(tmp_path / "broken.txt", samples=200)
         broken.add(Accelerator(), ["\udcff.jpg: is no picture"])
+        broken.add(SimpleNamespace(is_main_process=False), ["a.jpg: is in the file of another process"])
     assert (tmp_path / "broken.txt").read_bytes() == b"\xff.jpg: is no picture\n"
 
 

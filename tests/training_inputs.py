@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import socket
 import sys
 import tarfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # Of DeepSpeed accelerate asks in every run whether the model is one of its own.
@@ -44,22 +45,36 @@ TINY = {
 }
 
 
-def write_shard(folder: Path, samples: int = 24, latent_side: int = 4) -> Path:
+def write_shard(
+    folder: Path, samples: int = 24, latent_side: int = 4, latent_channels: int = 4, channels: int = CHANNELS
+) -> Path:
     """What `localdit precompute` leaves: latents and embeddings of random numbers, the empty caption."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     with tarfile.open(folder / "shard-000000.tar", "w") as tar:
         for index in range(samples):
             tensors = {
-                "latents": torch.randn(4, latent_side, latent_side, generator=generator).half(),
-                "prompt_embeds": torch.randn(1 + index % 3, CHANNELS, generator=generator).half(),
+                "latents": torch.randn(latent_channels, latent_side, latent_side, generator=generator).half(),
+                "prompt_embeds": torch.randn(1 + index % 3, channels, generator=generator).half(),
             }
             for name, content in ((f"{index:06d}.safetensors", save(tensors)), (f"{index:06d}.txt", b"a caption")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    save_file({"prompt_embeds": torch.randn(1, CHANNELS, generator=generator)}, folder / "empty_caption.safetensors")
+    save_file({"prompt_embeds": torch.randn(1, channels, generator=generator)}, folder / "empty_caption.safetensors")
     return folder
+
+
+def rewrite_sample(data: Path, copy: Path, key: str, **changes: torch.Tensor) -> None:
+    """A copy of precomputed data in which one sample is another."""
+    shutil.copytree(data, copy)
+    with tarfile.open(data / "shard-000000.tar") as old, tarfile.open(copy / "shard-000000.tar", "w") as new:
+        for member in old:
+            content = old.extractfile(member).read()
+            if member.name == f"{key}.safetensors":
+                content = save(load(content) | changes)
+                member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
 
 
 def arguments(data: Path, output: Path, **changes) -> list[str]:

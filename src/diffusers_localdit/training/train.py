@@ -164,7 +164,7 @@ def train(
     # 3. Model, optimizer, average
     set_seed(settings.seed)  # the same weights in every process
     transformer = build(settings)
-    check_channels(transformer, conditioning)
+    check_channels(transformer, conditioning, validation_data)
     if settings.compile:
         compile_blocks(transformer, len(dataset.sizes))
     optimizer = build_optimizer(settings, transformer)
@@ -265,7 +265,14 @@ def build_validation_dataset(settings: TrainingSettings, training_source: Source
             raise ValueError(
                 f"{settings.validation_root} and {settings.data_root} must both be precomputed, or both hold pictures"
             )
-    return build_dataset(settings.replace(seed=0, caption_dropout=0, crop="center"), source, 1, size_cache)
+    dataset = build_dataset(settings.replace(seed=0, caption_dropout=0, crop="center"), source, 1, size_cache)
+    samples = range(min(settings.validation_samples, len(source)))
+    if samples and all(dataset[0, index]["broken"] for index in samples):
+        raise ValueError(
+            f"none of the first {len(samples)} samples of {settings.validation_root or settings.data_root}, of which"
+            f" validation is to be, can be used; the first one: {dataset[0, 0]['broken']}"
+        )
+    return dataset
 
 
 def build_schedule(
@@ -277,8 +284,13 @@ def build_schedule(
     return get_scheduler(settings.lr_schedule, optimizer, **steps)
 
 
-def check_channels(transformer: nn.Module, conditioning: Conditioning) -> None:
+def check_channels(transformer: nn.Module, conditioning: Conditioning, validation_data: TrainingDataset) -> None:
     given, expected = conditioning.empty.shape[-1], transformer.config.caption_channels
+    if given == expected and validation_data.source.precomputed and validation_data.caption_channels != expected:
+        raise ValueError(
+            f"the text embeddings of the validation data have {validation_data.caption_channels} channels, but the"
+            f" transformer takes {expected}: precompute them with the pipeline that the training data were made with"
+        )
     if given != expected:
         raise ValueError(
             f"the text embeddings have {given} channels, but the transformer takes {expected}: set caption_channels"
