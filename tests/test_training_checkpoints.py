@@ -69,10 +69,12 @@ def save(folder: Path, step: int, accelerator: Accelerator, monkeypatch, keep: i
 
 
 def test_newest_are_kept_and_leftovers_removed(tmp_path, accelerator, monkeypatch):
+    make_checkpoint(tmp_path, "step_00000004", complete=False)  # in whose place the whole one comes
     for step in range(1, 5):
         make_checkpoint(tmp_path, f".step_{step + 100:08d}.unfinished")
         assert save(tmp_path, step, accelerator, monkeypatch) == tmp_path / f"step_{step:08d}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+    assert not (tmp_path / "step_00000004" / "transformer").exists()
     assert json.loads((tmp_path / "step_00000004" / module.MANIFEST).read_text()) == {"step": 4, "note": "mine"}
 
 
