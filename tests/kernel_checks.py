@@ -8,14 +8,19 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import emulated_warp
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+import watched_memory as memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -77,6 +82,14 @@ def quick_interpreter():
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
         patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def watched_memory():
+    """Under the interpreter all accesses of all programs are checked."""
+    with memory.watched() if DEVICE.type == "cpu" else nullcontext() as launches:
+        yield
+    assert launches is None or launches
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -192,6 +205,29 @@ def assert_same_in_place(tokens, weights, dtype, arguments):
     output = query.clone()
     actual = output, *ops.local_window_attention_(output, key, value, *local)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@triton.jit
+def _copy(source, target, step, SIZE: tl.constexpr):
+    places = tl.program_id(0) * step + tl.arange(0, SIZE)
+    tl.store(target + places, tl.load(source + places))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter alone is watched")
+@pytest.mark.parametrize(
+    "source, target, step, fault",
+    [
+        (slice(0, 6), slice(10, 18), 4, "2 accesses of program (1, 0, 0) are outside"),
+        (slice(0, 8), slice(10, 17), 4, "1 accesses of program (1, 0, 0) are outside"),
+        (slice(0, 8), slice(10, 18), 3, "1 numbers are written by more than one program"),
+        (slice(0, 8), slice(1, 9), 4, "1 numbers are read by one program and written by another"),
+        (slice(0, 8), slice(0, 8), 4, None),
+    ],
+)
+def test_what_a_kernel_must_not_do_is_seen(source, target, step, fault):
+    numbers = torch.zeros(20)
+    with nullcontext() if fault is None else pytest.raises(Exception, match=re.escape(fault)):
+        _copy[(2,)](numbers[source], numbers[target], step, SIZE=4)
 
 
 @given(
