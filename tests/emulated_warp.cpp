@@ -1,12 +1,14 @@
 // Runs the CUDA kernels of window4.cu on a CPU, so that they are tested where there is no GPU: the 32 lanes of a warp are
 // fibers that take turns, and what lanes exchange (shuffles, matrix products, transposition) is done as the PTX manual
 // says it is spread over them. Compiled with a kernel's own macros, KERNEL, its name, and KERNELS, the
-// path of window4.cu.
+// path of window4.cu, and with -fsanitize=kernel-address, by which the compiler tells of each access to memory.
 
 #include <cmath>
 #include <cstring>
 #include <deque>
 #include <initializer_list>
+#include <link.h>
+#include <tuple>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -26,6 +28,53 @@ static const int LANES = 32;
 static ucontext_t lanes[LANES], finished;
 static int lane;
 static unsigned int sent[2][LANES][6];
+
+// Every access has to be to a tensor that the kernel was given, or to what is this file's own, as the stacks of the lanes.
+// Nor may a warp touch what another one writes, since on a GPU they run at the same time: hence the warps of each 2 bytes.
+#define UNWATCHED __attribute__((no_sanitize("kernel-address")))
+enum { NOBODY = -1, SEVERAL = -2 };
+struct Span { size_t begin, end; int *reader, *writer; };
+static Span spans[32], own;
+static int strays, races, unwatched = 1;
+
+UNWATCHED static void touch(size_t begin, size_t bytes, bool writes) {
+    size_t end = begin + bytes;
+    if (unwatched || (own.begin <= begin && end <= own.end)) return;
+    Span* span = spans;
+    while (span->begin && (begin < span->begin || span->end < end)) span++;
+    if (!span->begin) { strays++; setcontext(&finished); }  // and so does no harm
+    int warp = ((blockIdx.z << 10 | blockIdx.y) << 10 | blockIdx.x) * WARPS + threadIdx.x / 32;
+    for (size_t i = (begin - span->begin) / 2; i < (end - span->begin) / 2; i++) {
+        int &reader = span->reader[i], &writer = span->writer[i];
+        races += (writer != NOBODY && writer != warp) || (writes && reader != NOBODY && reader != warp);
+        if (writes) writer = warp;
+        else reader = reader == NOBODY || reader == warp ? warp : SEVERAL;
+    }
+}
+
+extern "C" {
+#define TOLD_OF(size) \
+    UNWATCHED void __asan_load##size##_noabort(size_t at) { touch(at, size, false); } \
+    UNWATCHED void __asan_store##size##_noabort(size_t at) { touch(at, size, true); }
+TOLD_OF(1) TOLD_OF(2) TOLD_OF(4) TOLD_OF(8) TOLD_OF(16)
+UNWATCHED void __asan_loadN_noabort(size_t at, size_t bytes) { touch(at, bytes, false); }
+UNWATCHED void __asan_storeN_noabort(size_t at, size_t bytes) { touch(at, bytes, true); }
+void __asan_handle_no_return() {}
+void __asan_before_dynamic_init() {}
+void __asan_after_dynamic_init() {}
+}
+
+static int find_own(dl_phdr_info* info, size_t, void*) {
+    Span all = {~0ul, 0};
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type != PT_LOAD) continue;
+        size_t begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr, end = begin + info->dlpi_phdr[i].p_memsz;
+        if (begin < all.begin) all.begin = begin;
+        if (end > all.end) all.end = end;
+    }
+    if (all.begin <= (size_t)&own && (size_t)&own < all.end) own = all;
+    return 0;
+}
 
 static void give_turn() {
     int mine = lane, thread = threadIdx.x;
@@ -112,17 +161,26 @@ static void carry_out(Copy c) {
 }
 
 static void copy(void* to, const void* from, int bytes, bool present) {
+    if (present) touch((size_t)from, bytes, false);
+    unwatched++;
     if (copies[lane].empty()) copies[lane].emplace_back();
     Copy c = {to, from, bytes, present};
     if ((at_once[lane] ^= 1)) carry_out(c);
     else copies[lane].back().push_back(c);
+    unwatched--;
 }
 static void copy16(void* to, const void* from, bool present) { copy(to, from, 16, present); }
 static void copy4(void* to, const void* from, bool present) { copy(to, from, 4, present); }
-static void close_group() { copies[lane].emplace_back(); }
+static void close_group() {
+    unwatched++;
+    copies[lane].emplace_back();
+    unwatched--;
+}
 static void WAIT_FOR_ALL_GROUPS_BUT(int pending) {
+    unwatched++;
     for (; (int)copies[lane].size() > pending + 1; copies[lane].pop_front())
         for (Copy c : copies[lane].front()) carry_out(c);
+    unwatched--;
 }
 
 static void converge() { give_turn(); }
@@ -133,17 +191,17 @@ static float exp2_of(float x) { return std::exp2(x); }
 // A launch: blocks of WARPS warps, arguments as cuLaunchKernel takes them.
 template <class... A> struct Launch {
     static void (*kernel)(A...);
-    static void** args;
+    static std::tuple<A...> args;
     static position grid;
 
-    template <size_t... I> static void call(std::index_sequence<I...>) { kernel(*(A*)args[I]...); }
+    template <size_t... I> static void take(void** given, std::index_sequence<I...>) { args = {*(A*)given[I]...}; }
 
     static void run(int mine) {
         for (int block = 0; block < grid.x * grid.y * grid.z; block++)
             for (int warp = 0; warp < WARPS; warp++) {
                 blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
                 threadIdx.x = 32 * warp + mine;
-                call(std::index_sequence_for<A...>{});
+                std::apply(kernel, args);
                 give_turn();  // all lanes are done with this warp before the next one
             }
         if (mine + 1 < LANES) { lane = mine + 1; setcontext(&lanes[mine + 1]); }
@@ -151,13 +209,13 @@ template <class... A> struct Launch {
     }
 };
 template <class... A> void (*Launch<A...>::kernel)(A...);
-template <class... A> void** Launch<A...>::args;
+template <class... A> std::tuple<A...> Launch<A...>::args;
 template <class... A> position Launch<A...>::grid;
 
 template <class... A> static void launch(void (*kernel)(A...), void** args, position grid) {
     using L = Launch<A...>;
     L::kernel = kernel;
-    L::args = args;
+    L::take(args, std::index_sequence_for<A...>{});
     L::grid = grid;
     static char stacks[LANES][1 << 16];
     for (int i = 0; i < LANES; i++) {
@@ -174,10 +232,24 @@ template <class... A> static void launch(void (*kernel)(A...), void** args, posi
     getcontext(&finished);
     if (!started) {
         started = true;
+        unwatched = 0;
         setcontext(&lanes[0]);
     }
+    unwatched = 1;
 }
 
-extern "C" void launch_kernel(void** args, int x, int y, int z) {
+// `faults`: accesses outside of the `count` tensors from `begins` to `ends`, after which nothing is done any more; and
+// those to what another warp writes.
+extern "C" void launch_kernel(void** args, int x, int y, int z, int count, size_t* begins, size_t* ends, int* faults) {
+    dl_iterate_phdr(find_own, nullptr);
+    std::vector<std::vector<int>> warps(2 * count);
+    for (int i = 0; i < count; i++) {
+        for (int j = 0; j < 2; j++) warps[2 * i + j].assign((ends[i] - begins[i]) / 2, NOBODY);
+        spans[i] = {begins[i], ends[i], warps[2 * i].data(), warps[2 * i + 1].data()};
+    }
+    spans[count] = {};
+    strays = races = 0;
     launch(KERNEL, args, {x, y, z});
+    faults[0] = strays;
+    faults[1] = races;
 }

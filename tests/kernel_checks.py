@@ -87,9 +87,8 @@ def quick_interpreter():
 @pytest.fixture(autouse=True, scope="module")
 def watched_memory():
     """Under the interpreter all accesses of all programs are checked."""
-    with memory.watched() if DEVICE.type == "cpu" else nullcontext() as launches:
+    with memory.watched() if DEVICE.type == "cpu" else nullcontext():
         yield
-    assert launches is None or launches
 
 
 @pytest.fixture(autouse=True, scope="module")

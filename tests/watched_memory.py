@@ -1,6 +1,6 @@
 """
-What Triton's interpreter cannot show by itself: it runs one program after the other and reads whatever lies at an
-address, where a GPU runs them at the same time and may fault.
+What Triton's interpreter does not show by itself: it runs one program after the other, reads whatever lies at an
+address, and has zeros in the place of what is masked. A GPU runs programs at the same time, may fault, and has anything.
 """
 
 from collections.abc import Iterator
@@ -62,11 +62,11 @@ def joined(accesses: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarr
 
 
 @contextmanager
-def watched() -> Iterator[list[Watch]]:
-    """Checks every launch of a kernel under the interpreter, and lists them."""
+def watched() -> Iterator[None]:
+    """Checks every launch of a kernel under the interpreter."""
     watches: list[Watch] = []
-    native, executor = interpreter._interpreter, interpreter.GridExecutor
-    launch, start = executor.__call__, executor._init_args_hst
+    native, executor, builder = interpreter._interpreter, interpreter.GridExecutor, interpreter.InterpreterBuilder
+    launch, start, masked_load = executor.__call__, executor._init_args_hst, builder.create_masked_load
 
     class Interpreter:
         def __getattr__(self, name):
@@ -87,10 +87,19 @@ def watched() -> Iterator[list[Watch]]:
 
     def launched(self, *args, **kwargs):
         launch(self, *args, **kwargs)
-        watches[-1].check_programs()
+        watches.pop().check_programs()
+
+    def load_or_poison(self, pointers, mask, other, *rest):
+        if other is None:  # what a GPU gives is anything then
+            kind = pointers.get_element_ty()
+            numbers = np.full(pointers.data.size, -1, dtype=f"i{np.dtype(interpreter._get_np_dtype(kind)).itemsize}")
+            numbers = numbers.view(interpreter._get_np_dtype(kind)).reshape(pointers.data.shape)
+            other = interpreter.TensorHandle(numbers, kind)
+        return masked_load(self, pointers, mask, other, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", load_or_poison)
         patch.setattr(interpreter, "_interpreter", Interpreter())
         patch.setattr(executor, "_init_args_hst", started)
         patch.setattr(executor, "__call__", launched)
-        yield watches
+        yield
