@@ -64,11 +64,16 @@ def test_prompts_are_encoded_once_and_as_the_pipeline_does(shards, monkeypatch):
     def refuse(*_):
         raise AssertionError("encoded again")
 
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_localdit.training.conditioning.encode_captions", refuse)
+        again = make(shards, [PROMPT])
+        assert again.prompt_embeds[0].equal(first.prompt_embeds[0]) and again.empty.equal(first.empty)
+        with pytest.raises(AssertionError, match="encoded again"):
+            make(shards, [PROMPT, "a blue square"])
+    both = make(shards, [PROMPT, "a blue square"])
     monkeypatch.setattr("diffusers_localdit.training.conditioning.encode_captions", refuse)
-    again = make(shards, [PROMPT])
-    assert again.prompt_embeds[0].equal(first.prompt_embeds[0]) and again.empty.equal(first.empty)
-    with pytest.raises(AssertionError, match="encoded again"):
-        make(shards, [PROMPT, "a blue square"])
+    for kept, embeds in zip(make(shards, [PROMPT, "a blue square"]).prompt_embeds, both.prompt_embeds):
+        assert kept.equal(embeds)
 
 
 def test_without_a_pipeline(shards):

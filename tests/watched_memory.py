@@ -1,6 +1,6 @@
 """
 What Triton's interpreter does not show by itself: it runs one program after the other, reads whatever lies at an
-address, and has zeros in the place of what is masked. A GPU runs programs at the same time, may fault, and has anything.
+address, and has zeros in the place of what is masked. A GPU runs them at the same time, may fault, and has anything.
 """
 
 from collections.abc import Iterator
