@@ -286,15 +286,15 @@ def build_schedule(
 
 def check_channels(transformer: nn.Module, conditioning: Conditioning, validation_data: TrainingDataset) -> None:
     given, expected = conditioning.empty.shape[-1], transformer.config.caption_channels
-    if given == expected and validation_data.source.precomputed and validation_data.caption_channels != expected:
-        raise ValueError(
-            f"the text embeddings of the validation data have {validation_data.caption_channels} channels, but the"
-            f" transformer takes {expected}: precompute them with the pipeline that the training data were made with"
-        )
     if given != expected:
         raise ValueError(
             f"the text embeddings have {given} channels, but the transformer takes {expected}: set caption_channels"
             f" in the architecture, or take another pipeline than {conditioning.pipeline}"
+        )
+    if validation_data.source.precomputed and validation_data.caption_channels != expected:
+        raise ValueError(
+            f"the text embeddings of the validation data have {validation_data.caption_channels} channels, but the"
+            f" transformer takes {expected}: precompute them with the pipeline that the training data were made with"
         )
 
 
