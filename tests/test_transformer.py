@@ -1,5 +1,6 @@
 """What the whole transformer must hold, whatever its weights."""
 
+import copy
 import gc
 import json
 from types import SimpleNamespace
@@ -36,6 +37,13 @@ from diffusers_localdit.transformer_localdit import (
 @pytest.fixture(scope="module")
 def model():
     return tiny_transformer()
+
+
+@pytest.fixture
+def uninitialized_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @given(height=st.integers(1, 14), width=st.integers(1, 14))
@@ -378,6 +386,36 @@ def test_weights_that_accelerate_keeps_elsewhere_are_fetched():
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.transformer_blocks[0].attn.norm_q.weight.device.type == "meta"
     torch.testing.assert_close(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@torch.no_grad()
+def test_weights_that_diffusers_keeps_elsewhere_are_fetched(offload_type, tmp_path, uninitialized_is_nan):
+    """With group offloading to disk weights are empty tensors but while their own module is called."""
+    model, inputs = tiny_transformer(), random_inputs()
+    expected = model(**inputs).sample
+    model.enable_group_offload(
+        torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    assert model.transformer_blocks[0].attn.to_q.weight.isnan().all()
+    for _ in range(2):
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_gradients_with_weights_kept_in_float8():
+    """Layerwise casting narrows weights again after the forward pass; LoRA is trained on such models."""
+    cast = tiny_transformer(num_layers=2).bfloat16().requires_grad_(False)
+    model = copy.deepcopy(cast)
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    for parameter, stored in zip(model.parameters(), cast.parameters()):
+        parameter.copy_(stored)
+    assert sum(parameter.dtype == torch.float8_e4m3fn for parameter in cast.parameters()) > 50
+    inputs = map_tensors(lambda x: x.bfloat16() if x.is_floating_point() else x, random_inputs())
+    start = inputs.pop("hidden_states").requires_grad_()
+    (expected,), (gradient,) = (
+        torch.autograd.grad(m(start, **inputs).sample.square().mean(), start) for m in (model, cast)
+    )
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

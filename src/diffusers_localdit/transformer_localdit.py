@@ -602,11 +602,11 @@ class LocalDiTGlobalContext(nn.Module):
     def forward(self, query_maps: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """
         Takes the map of queries, in parts `(B, rows, Wp, C)`, through the stages, and gives the bias table besides:
-        offloading brings a module's weights when it is called.
+        offloading brings a module's weights when it is called, and takes them away again, so that it is a copy.
         """
         for stage in self.query_stages:
             query_maps = stage(query_maps)
-        return query_maps, self.rel_pos_bias
+        return query_maps, self.rel_pos_bias.clone()
 
 
 class LocalDiTRMSNorm(nn.RMSNorm):
@@ -861,7 +861,8 @@ class LocalDiTTransformer2DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LocalDiTTransformerBlock", "LocalDiTPatchEmbed"]
     _repeated_blocks = ["LocalDiTTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+    # A convolution keeps its weight for the backward pass, in which layerwise casting has narrowed it again.
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single", "depthwise"]
 
     @register_to_config
     def __init__(
