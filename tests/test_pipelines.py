@@ -1045,16 +1045,6 @@ class TestOffload:
         offloaded.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
         assert torch.equal(latents_of(offloaded), expected)
 
-    @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="model offload needs a CUDA device")
-    def test_model_offload(self, pipe, copy_of):
-        expected = latents_of(pipe, generator=seeded(0))
-        offloaded = copy_of(pipe)
-        offloaded.enable_model_cpu_offload()
-        latents = latents_of(offloaded, generator=seeded(0))
-        assert all(component.device.type == "cpu" for component in (offloaded.transformer, offloaded.text_encoder))
-        assert relative_error(latents.cpu(), expected) < 1e-3
-
 
 class TestSources:
     """Each file is shipped alone, so what both need stands in both."""
