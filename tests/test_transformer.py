@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from diffusers.hooks import PyramidAttentionBroadcastConfig
+from diffusers.hooks import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_layer_skip
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
@@ -416,6 +416,35 @@ def test_gradients_with_weights_kept_in_float8():
         torch.autograd.grad(m(start, **inputs).sample.square().mean(), start) for m in (model, cast)
     )
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("skipped", [["attention", "ff"], ["attention"], ["ff"], ["attention_scores"]], ids="-".join)
+@torch.no_grad()
+def test_layers_are_skipped(skipped, dtype):
+    """As diffusers has it what is skipped returns its input, and without scores attention returns its values."""
+    model = tiny_transformer().to(dtype)
+    inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, random_inputs())
+    reference = copy.deepcopy(model)
+    names = ("attention", "ff", "attention_scores")
+    config = LayerSkipConfig(indices=[1, 3], **{f"skip_{name}": name in skipped for name in names})
+    apply_layer_skip(model, config)
+
+    class ValuesAlone(LocalDiTWindowAttnProcessor):
+        def _attend(self, attn, query, key, value, bias_table, geometry):
+            return value
+
+    for block in (reference.transformer_blocks[i] for i in config.indices):
+        match skipped:
+            case ["attention", "ff"]:
+                block.forward = lambda hidden_states, *args: hidden_states
+            case ["attention"]:
+                block.attn.forward = lambda hidden_states, geometry: hidden_states
+            case ["ff"]:
+                block.ff.forward = lambda hidden_states: hidden_states
+            case ["attention_scores"]:
+                block.attn.set_processor(ValuesAlone())
+    torch.testing.assert_close(model(**inputs).sample, reference(**inputs).sample)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.activations import GELU
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
@@ -397,6 +402,11 @@ def explicit_attention(
     return (scores.softmax(dim=-1) @ value).transpose(1, 2)
 
 
+def is_function_mode_on() -> bool:
+    """Whether functions of PyTorch are taken over, as diffusers' layer skipping does with fused attention."""
+    return not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled()
+
+
 def attention(
     processor: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -412,7 +422,8 @@ def attention(
     window = not torch.compiler.is_compiling() and query.shape[1] <= 64 and query.dtype == torch.float32
     half = query.requires_grad and query.dtype != torch.float32
     trained_bias = bias is not None and bias.requires_grad
-    if (window or half or trained_bias) and query.device.type == "cpu" and processor._attention_backend is None:
+    chosen = processor._attention_backend is not None or is_function_mode_on()
+    if (window or half or trained_bias) and query.device.type == "cpu" and not chosen:
         return explicit_attention(query, key, value, bias)
     return dispatch_attention_fn(
         query,
@@ -627,6 +638,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
     r"""What self- and cross-attention have in common: projections with per-head norms on query and key."""
 
     use_bias = True
+    is_cross_attention = False
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -803,9 +815,13 @@ class LocalDiTTransformerBlock(nn.Module):
         return slab_by_slab(rest, attn_output, hidden_states, overwrite=not is_hooked(self.attn))
 
 
-# diffusers' caching hooks look the block up here. `register` would import every model that diffusers has.
+# diffusers' hooks for caching and skipping look block and processor up here. `register` would import every model that
+# diffusers has.
 TransformerBlockRegistry._registry[LocalDiTTransformerBlock] = TransformerBlockMetadata(
     return_hidden_states_index=0, return_encoder_hidden_states_index=None, _cls=LocalDiTTransformerBlock
+)
+AttentionProcessorRegistry._registry[LocalDiTWindowAttnProcessor] = AttentionProcessorMetadata(
+    skip_processor_output_fn=lambda attn, hidden_states, geometry: hidden_states
 )
 
 
