@@ -43,18 +43,23 @@ def on(device: str | torch.device, inputs: dict, dtype: torch.dtype = torch.floa
 # The transformer
 
 
-@pytest.mark.parametrize("place", ["there", "block_level", "leaf_level", "leaf_level, ahead", "accelerate"])
+@pytest.mark.parametrize("place", ["there", "block_level", "leaf_level", "leaf_level, ahead", "layers", "split"])
 @pytest.mark.parametrize("use_global_context", [True, False], ids=["global", "folded"])
 @pytest.mark.parametrize("slabs", [False, True], ids=["whole", "slabs"])
 @torch.no_grad()
-def test_weights_come_when_they_are_needed(place, use_global_context, slabs, monkeypatch):
+def test_weights_come_when_they_are_needed(place, use_global_context, slabs, tmp_path, monkeypatch):
     model, inputs = tiny_transformer(num_layers=3, use_global_context=use_global_context), random_inputs(14, 10)
     expected = model(**inputs).sample
     match place.split(", "):
         case ["there"]:
             model.to(CUDA)
-        case ["accelerate"]:
+        case ["layers"]:
             cpu_offload(model, execution_device=CUDA)
+        case ["split"]:
+            model.save_pretrained(tmp_path)
+            memory = {0: model.get_memory_footprint() // 2, "cpu": model.get_memory_footprint()}
+            model = type(model).from_pretrained(tmp_path, device_map="auto", max_memory=memory)
+            assert set(model.hf_device_map.values()) == {0, "cpu"}
         case [level, *ahead]:
             model.enable_group_offload(CUDA, offload_type=level, num_blocks_per_group=1, use_stream=bool(ahead))
     if slabs:
