@@ -654,6 +654,13 @@ def test_impossible_configurations_are_refused(config, message):
         ({"added_cond_kwargs": {"resolution": torch.zeros(2, 2)}}, "aspect_ratio"),
         ({"encoder_attention_mask": torch.ones(2, 3)}, r"here \(2, 7\), but has \(2, 3\)"),
         ({"encoder_attention_mask": torch.ones(2, 1, 7)}, r"has \(2, 1, 7\)"),
+        ({"hidden_states": torch.zeros(1, 4, 16, 16)}, r"each of the 1 `hidden_states`, .* shape \(2, 7, 16\)"),
+        ({"encoder_attention_mask": torch.ones(3, 7)}, r"`encoder_attention_mask` must .* shape \(3, 7\)"),
+        ({"timestep": torch.tensor(5)}, r"`timestep` must have a row for each of the 2 .* the shape \(\)"),
+        (
+            {"added_cond_kwargs": {"resolution": torch.zeros(3, 2), "aspect_ratio": torch.zeros(1, 1)}},
+            r"`resolution` must have a row",
+        ),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])

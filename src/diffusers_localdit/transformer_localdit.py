@@ -1059,8 +1059,9 @@ class LocalDiTTransformer2DModel(
             that tensor.
 
         Raises:
-            `ValueError`: If height or width is not a multiple of `patch_size`, `added_cond_kwargs` lacks an entry, or
-            `encoder_attention_mask` does not have a number for each text token.
+            `ValueError`: If height or width is not a multiple of `patch_size`, `added_cond_kwargs` lacks an entry,
+            `encoder_attention_mask` does not have a number for each text token, or an input has neither one row nor a
+            row for each of the batch.
         """
         latent_height, latent_width = hidden_states.shape[-2:]
         patch_size = self.config.patch_size
@@ -1077,6 +1078,19 @@ class LocalDiTTransformer2DModel(
                 f"`encoder_attention_mask` must have the shape (batch, text_tokens), here"
                 f" {tuple(encoder_hidden_states.shape[:2])}, but has {tuple(mask_shape)}."
             )
+        batch_size = hidden_states.shape[0]
+        for name, value in {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "timestep": timestep,
+            "resolution": added_cond_kwargs["resolution"],
+            "aspect_ratio": added_cond_kwargs["aspect_ratio"],
+        }.items():
+            if value is not None and (value.ndim == 0 or value.shape[0] not in (1, batch_size)):
+                raise ValueError(
+                    f"`{name}` must have a row for each of the {batch_size} `hidden_states`, or one for all, but has"
+                    f" the shape {tuple(value.shape)}."
+                )
         height, width = latent_height // patch_size, latent_width // patch_size
         geometry = self._geometry(height, width, hidden_states.device)
 
