@@ -1,7 +1,6 @@
 // A CUDA device for PyTorch's CPU build: its memory is the host's and its operators are those of the CPU, which refuse
 // tensors that lie elsewhere as a GPU's do. Fresh memory holds NaN.
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -15,7 +14,6 @@
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_native.h>
-#include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_as_complex_native.h>
 #include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
@@ -47,29 +45,19 @@ REGISTER_ALLOCATOR(CUDA, &memory);
 
 // All is done when a call returns: streams and events have nothing to do.
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<CUDA> {
-  Device exchangeDevice(Device) const override { return {CUDA, 0}; }
   Device getDevice() const override { return {CUDA, 0}; }
   Stream getStream(Device device) const noexcept override { return Stream(Stream::DEFAULT, device); }
-  Stream getDefaultStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
-  Stream exchangeStream(Stream stream) const noexcept override { return stream; }
   void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}
-  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
 struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
-  void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  void init() const override {}
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
 };
 
@@ -163,10 +151,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("view", view);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("as_strided", as_strided);
-  m.impl("unfold", at::native::unfold);
   m.impl("view_as_real", at::native::view_as_real);
   m.impl("view_as_complex", at::native::view_as_complex);
-  m.impl("set_.source_Tensor", at::native::set_tensor_);
   m.impl("set_.source_Storage", at::native::set_);
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   m.impl("_fused_sdp_choice", fused_sdp_choice);

@@ -40,20 +40,13 @@ class Stream:
 
 ANSWERS = {
     "_lazy_init": None,
-    "current_device": 0,
     "current_stream": Stream(),
     "device_count": 1,
     "empty_cache": None,
-    "get_device_capability": (9, 0),
     "is_available": True,
     "is_bf16_supported": True,
-    "is_initialized": True,
-    "ipc_collect": None,
     "manual_seed_all": None,
-    "max_memory_allocated": 0,
-    "reset_peak_memory_stats": None,
     "stream": contextlib.nullcontext(),
-    "synchronize": None,
 }
 torch.cuda.Stream = Stream
 for name, answer in ANSWERS.items():

@@ -17,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from pipeline_fixtures import SENTENCES, make_components
 from training_inputs import arguments, own_process_as_before, rows, write_shard  # noqa: F401
-from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
+from transformer_inputs import in_dtype, map_tensors, random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, transformer_localdit
 from diffusers_localdit.cli import main
@@ -36,8 +36,8 @@ def float32_is_float32():
     torch.backends.cudnn.allow_tf32 = True
 
 
-def on(device: str | torch.device, inputs: dict, dtype: torch.dtype = torch.float32) -> dict:
-    return map_tensors(lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), inputs)
+def on(device: str | torch.device, inputs: dict) -> dict:
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 # The transformer
@@ -50,18 +50,20 @@ def on(device: str | torch.device, inputs: dict, dtype: torch.dtype = torch.floa
 def test_weights_come_when_they_are_needed(place, use_global_context, slabs, tmp_path, monkeypatch):
     model, inputs = tiny_transformer(num_layers=3, use_global_context=use_global_context), random_inputs(14, 10)
     expected = model(**inputs).sample
-    match place.split(", "):
-        case ["there"]:
+    match place:
+        case "there":
             model.to(CUDA)
-        case ["layers"]:
+        case "layers":
             cpu_offload(model, execution_device=CUDA)
-        case ["split"]:
+        case "split":
             model.save_pretrained(tmp_path)
             memory = {0: model.get_memory_footprint() // 2, "cpu": model.get_memory_footprint()}
             model = type(model).from_pretrained(tmp_path, device_map="auto", max_memory=memory)
             assert set(model.hf_device_map.values()) == {0, "cpu"}
-        case [level, *ahead]:
-            model.enable_group_offload(CUDA, offload_type=level, num_blocks_per_group=1, use_stream=bool(ahead))
+        case "leaf_level, ahead":
+            model.enable_group_offload(CUDA, offload_type="leaf_level", use_stream=True)
+        case offload_type:
+            model.enable_group_offload(CUDA, offload_type=offload_type, num_blocks_per_group=1)
     if slabs:
         monkeypatch.setattr(transformer_localdit, "GPU_SLAB_NUMBERS", 4 * 24 * 16)
     step_cache = model.make_step_cache()
@@ -92,7 +94,7 @@ def test_half_precision(dtype):
     """Where the GELU is part of a product."""
     model, inputs = tiny_transformer(), random_inputs()
     expected = model(**inputs).sample
-    sample = model.to(CUDA, dtype)(**on(CUDA, inputs, dtype)).sample
+    sample = model.to(CUDA, dtype)(**on(CUDA, in_dtype(dtype, inputs))).sample
     assert relative_error(sample.cpu(), expected) < {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformer_inputs import map_tensors, relative_error
+from transformer_inputs import in_dtype, relative_error
 
 from diffusers_localdit.conversion import load_original
 
@@ -46,6 +46,6 @@ def test_forward_meets_the_original(folder, file):
 @torch.no_grad()
 def test_half_precision_stays_near_float32(folder, file, dtype):
     model, inputs, expected = load_case(folder, file)
-    half_inputs = map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, inputs)
+    half_inputs = in_dtype(dtype, inputs)
     half_inputs["added_cond_kwargs"] = inputs["added_cond_kwargs"]  # sizes in pixels stay exact
     assert relative_error(model.to(dtype)(**half_inputs).sample, expected) < 2e-2

@@ -1,24 +1,17 @@
 """What is to work on a GPU: gpu_checks.py, and the tests of the command line that are for GPUs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import run_pytest
 
 FOLDER = Path(__file__).parent
-CHECKS = ["gpu_checks.py", "test_cli.py"]
 
 
 def run_checks(*options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *options]
-    command += [str(FOLDER / name) for name in CHECKS]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(FOLDER)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-20000:] + process.stderr[-2000:]
-    assert "skipped" not in process.stdout
+    files = (str(FOLDER / name) for name in ("gpu_checks.py", "test_cli.py"))
+    assert "skipped" not in run_pytest("-m", "gpu", *options, *files, PYTHONPATH=str(FOLDER))
 
 
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this PyTorch computes on GPUs of its own")

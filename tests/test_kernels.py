@@ -3,15 +3,13 @@ Triton kernels. What they compute is checked by kernel_checks.py, in processes u
 here they are also compiled for GPUs, for which none is needed.
 """
 
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import python, run_pytest
 from transformer_inputs import relative_error, tiny_transformer
 
 from diffusers_localdit.kernels import install_triton_kernels, reference, why_not_triton
@@ -21,25 +19,15 @@ CHECKS = Path(__file__).parent / "kernel_checks.py"
 SHARED_MEMORY = 99 * 1024  # bytes that a program may have on any GPU from Ampere on
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
-def run_checks(**environment: str) -> None:
-    process = python("-m", "pytest", str(CHECKS), "-q", "-p", "no:cacheprovider", **environment)
-    assert process.returncode == 0, process.stdout[-20000:] + process.stderr[-2000:]
-
-
 def test_under_the_interpreter():
     pytest.importorskip("triton")
-    run_checks(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run_pytest(str(CHECKS), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_a_gpu():
-    run_checks(TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    run_pytest(str(CHECKS), TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

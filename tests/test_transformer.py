@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformer_inputs import map_tensors, random_inputs, relative_error, tiny_transformer
+from transformer_inputs import in_dtype, map_tensors, random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.transformer_localdit import (
@@ -122,7 +122,7 @@ def test_large_inputs_do_not_overflow_in_half_precision(model):
     expected = model(**inputs).sample
     half = tiny_transformer().half()
     added = inputs.pop("added_cond_kwargs")
-    inputs = map_tensors(lambda tensor: tensor.half() if tensor.is_floating_point() else tensor, inputs)
+    inputs = in_dtype(torch.float16, inputs)
     assert relative_error(half(**inputs, added_cond_kwargs=added).sample, expected) < 2e-2
 
 
@@ -410,7 +410,7 @@ def test_gradients_with_weights_kept_in_float8():
     for parameter, stored in zip(model.parameters(), cast.parameters()):
         parameter.copy_(stored)
     assert sum(parameter.dtype == torch.float8_e4m3fn for parameter in cast.parameters()) > 50
-    inputs = map_tensors(lambda x: x.bfloat16() if x.is_floating_point() else x, random_inputs())
+    inputs = in_dtype(torch.bfloat16, random_inputs())
     start = inputs.pop("hidden_states").requires_grad_()
     (expected,), (gradient,) = (
         torch.autograd.grad(m(start, **inputs).sample.square().mean(), start) for m in (model, cast)
@@ -424,7 +424,7 @@ def test_gradients_with_weights_kept_in_float8():
 def test_layers_are_skipped(skipped, dtype):
     """As diffusers has it what is skipped returns its input, and without scores attention returns its values."""
     model = tiny_transformer().to(dtype)
-    inputs = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, random_inputs())
+    inputs = in_dtype(dtype, random_inputs())
     reference = copy.deepcopy(model)
     names = ("attention", "ff", "attention_scores")
     config = LayerSkipConfig(indices=[1, 3], **{f"skip_{name}": name in skipped for name in names})

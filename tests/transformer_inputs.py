@@ -48,6 +48,11 @@ def map_tensors(function, inputs: dict) -> dict:
     }
 
 
+def in_dtype(dtype: torch.dtype, inputs: dict) -> dict:
+    """Whole numbers stay what they are."""
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, inputs)
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 distance."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
