@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from loopback_hub import LoopbackHub
 
@@ -14,3 +15,11 @@ def loopback_hub() -> Iterator[LoopbackHub]:
     """Started once for all tests of a process; each begins with `loopback_hub.emptied()`."""
     with LoopbackHub() as hub:
         yield hub
+
+
+@pytest.fixture(scope="module")
+def float32_is_float32() -> Iterator[None]:
+    """Convolutions on a GPU have 11 bits unless they are told otherwise."""
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True

@@ -24,16 +24,10 @@ from diffusers_localdit.cli import main
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("float32_is_float32"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def float32_is_float32():
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = True
 
 
 def on(device: str | torch.device, inputs: dict) -> dict:

@@ -48,6 +48,7 @@ from diffusers_localdit.transformer_localdit import (
     window_geometry,
 )
 
+pytestmark = pytest.mark.usefixtures("float32_is_float32")
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 MANY = 1 if DEVICE.type == "cpu" else 20  # the interpreter is slow
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
