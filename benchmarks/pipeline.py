@@ -124,8 +124,6 @@ def measure_stages(args: argparse.Namespace) -> dict[str, Any]:
 def open_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     settings = {"model": args.model, "dtype": args.dtype, "device": args.device, "vae_tile": args.vae_tile}
     pipe = load_pipeline(LocalDiTPipeline, settings, args.offload)
-    if args.offload == "group":  # which `localdit` does not offer
-        pipe.enable_group_offload(onload_device=args.device, offload_type="leaf_level", use_stream=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -270,7 +268,7 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=PICTURE_DTYPES, help="that of `localdit generate` if it is not given")
-    parser.add_argument("--offload", choices=["none", "disk", "model", "sequential", "group"], default="none")
+    parser.add_argument("--offload", choices=["none", "model", "group", "sequential", "disk"], default="none")
     parser.add_argument("--vae-tile", type=int)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--memory", type=float, metavar="GB", help="a limit that the process may not go beyond")

@@ -26,7 +26,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 from diffusers_localdit.kernels import reference
-from diffusers_localdit.kernels.processor import why_not_tensor
+from diffusers_localdit.kernels.processor import why_not_there
 from diffusers_localdit.transformer_localdit import (
     apply_rotary,
     rotary_table,
@@ -176,7 +176,9 @@ def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
     """Why a contender cannot run here."""
     padded = problem.geometry.map_to_token.numel() > problem.height * problem.width
     if name == "kernels":
-        return why_not_tensor(problem.bias_table) if importlib.util.find_spec("triton") else "Triton is not installed."
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed."
+        return why_not_there(problem.device, problem.dtype)
     if name == "flex" and padded:
         return "Padding tokens, which take part, are not among the tokens that it sees."
     if name == "natten" and importlib.util.find_spec("natten") is None:

@@ -5,6 +5,7 @@ of their own: on an emulated GPU, and on a GPU where there is one.
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,13 @@ from pipeline_fixtures import SENTENCES, make_components
 from training_inputs import arguments, own_process_as_before, rows, write_shard  # noqa: F401
 from transformer_inputs import in_dtype, map_tensors, random_inputs, relative_error, tiny_transformer
 
-from diffusers_localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, transformer_localdit
+from diffusers_localdit import (
+    BUNDLED_MODEL,
+    LocalDiTImg2ImgPipeline,
+    LocalDiTPipeline,
+    loading,
+    transformer_localdit,
+)
 from diffusers_localdit.cli import main
 
 pytestmark = [
@@ -28,6 +35,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 CUDA = torch.device("cuda")
+# What an emulated GPU cannot run is left to PyTorch, which is said.
+KERNELS_RUN = torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET") == "1"
+SLOWER = "PyTorch computes the self-attention, which takes longer. The kernels do not run here: "
 
 
 def on(device: str | torch.device, inputs: dict) -> dict:
@@ -156,6 +166,26 @@ def test_pipelines_draw_the_same_picture(offload, make_pipeline, expected):
         assert {pipe.transformer.device.type, pipe.text_encoder.device.type} == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    "offload, dtype, tried",
+    [
+        ("none", "bfloat16", True),
+        ("model", "float16", True),
+        ("group", "bfloat16", False),
+        ("sequential", "bfloat16", False),
+        ("none", "float32", False),
+    ],
+)
+def test_kernels_are_the_default(offload, dtype, tried, monkeypatch, caplog):
+    monkeypatch.setattr(loading.logger, "propagate", True)
+    settings = {"model": str(BUNDLED_MODEL), "dtype": dtype, "device": "cuda"}
+    pipe = loading.load_pipeline(LocalDiTPipeline, settings, offload)
+    processors = {type(block.attn.processor).__name__ for block in pipe.transformer.transformer_blocks}
+    assert processors == {"LocalDiTTritonAttnProcessor" if tried and KERNELS_RUN else "LocalDiTWindowAttnProcessor"}
+    assert (SLOWER in caplog.text) == (tried and not KERNELS_RUN)
+    assert draw(pipe).isfinite().all()
+
+
 # Training
 
 
@@ -189,9 +219,12 @@ class TestTraining:
         return train("cpu", data, data.parent / "cpu")
 
     @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
-    def test_half_precision(self, mixed_precision, data, on_the_cpu, tmp_path):
+    def test_half_precision(self, mixed_precision, data, on_the_cpu, tmp_path, capsys):
+        """With the kernels where they run."""
         metrics = train("cuda", data, tmp_path / "run", mixed_precision=mixed_precision)
         assert_same_losses(metrics, on_the_cpu, 1e-3)
+        said = "the Triton kernels compute the self-attention" if KERNELS_RUN else SLOWER
+        assert said in capsys.readouterr().out
 
     def test_runs_go_on_elsewhere(self, data, on_the_cpu, tmp_path):
         for device, steps in (("cuda", 3), ("cpu", 5), ("cuda", 8)):

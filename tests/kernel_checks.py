@@ -33,6 +33,7 @@ from diffusers_localdit.kernels import (
     part_sums,
     query_gate,
     reference,
+    try_triton_kernels,
     uninstall_triton_kernels,
     why_not_triton,
     window4,
@@ -602,6 +603,69 @@ def test_install_and_uninstall():
         assert isinstance(copied.transformer_blocks[0].attn.processor, LocalDiTTritonAttnProcessor)
     uninstall_triton_kernels(model)
     assert {name: type(processor) for name, processor in model.attn_processors.items()} == processors
+
+
+class TestTrial:
+    """Kernels as a default."""
+
+    @staticmethod
+    def outcome(prepare=lambda transformer: None, **settings) -> tuple[str | None, set[str]]:
+        """What is said, and which processors the self-attention has then."""
+        transformer = tiny_transformer(num_layers=2, window_size=2)
+        prepare(transformer)
+        random_numbers = torch.get_rng_state()
+        said = try_triton_kernels(transformer, DEVICE, torch.bfloat16, **settings)
+        assert torch.equal(torch.get_rng_state(), random_numbers)
+        assert all(x.device.type == "cpu" and x.grad is None for x in transformer.parameters())
+        return said, {type(block.attn.processor).__name__ for block in transformer.transformer_blocks}
+
+    @pytest.mark.parametrize("weights, training", [(torch.bfloat16, False), (torch.float32, True)])
+    def test_kernels_that_agree_stay(self, weights, training):
+        said = self.outcome(lambda transformer: transformer.to(weights), training=training)
+        assert said == (None, {"LocalDiTTritonAttnProcessor"})
+
+    def test_new_weights_that_are_zero_agree(self):
+        said, _ = self.outcome(lambda transformer: [torch.nn.init.zeros_(x) for x in transformer.parameters()])
+        assert said is None
+
+    def test_kernels_that_fail_go(self, monkeypatch):
+        def fail(*arguments):
+            raise RuntimeError("no compiler\nat all")
+
+        monkeypatch.setattr(ops, "local_window_attention_", fail)
+        said = self.outcome()
+        assert said == ("The kernels do not run here: no compiler", {"LocalDiTWindowAttnProcessor"})
+
+    @pytest.mark.parametrize(
+        "name, wrong",
+        [("local_window_attention_", float("nan")), ("query_stage_", 1.2), ("context_window_attention", 1.2)],
+    )
+    def test_kernels_that_give_other_numbers_go(self, name, wrong, monkeypatch):
+        operator = getattr(ops, name)
+
+        def wrong_numbers(*arguments):
+            output = operator(*arguments)
+            arguments[0].mul_(wrong)
+            return output if name != "context_window_attention" else output * wrong
+
+        monkeypatch.setattr(ops, name, wrong_numbers)
+        said = self.outcome()
+        assert said == ("The kernels give other numbers than PyTorch here.", {"LocalDiTWindowAttnProcessor"})
+
+    def test_a_wrong_gradient_is_seen_in_training(self, monkeypatch):
+        def wrong_gradient(*arguments, attend=ops.local_window_attention):
+            return tuple(2 * x - x.detach() for x in attend(*arguments))
+
+        monkeypatch.setattr(ops, "local_window_attention", wrong_gradient)
+        assert self.outcome()[0] is None
+        assert self.outcome(training=True)[0] == "The kernels give other numbers than PyTorch here."
+
+    def test_a_processor_of_ones_own_stays(self):
+        class Mine(LocalDiTWindowAttnProcessor):
+            pass
+
+        said = self.outcome(lambda transformer: transformer.transformer_blocks[1].attn.set_processor(Mine()))
+        assert said == ("A Mine computes it, and is left in its place.", {"LocalDiTWindowAttnProcessor", "Mine"})
 
 
 @pytest.mark.parametrize(

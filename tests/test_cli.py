@@ -108,6 +108,7 @@ class TestErrors:
             (("generate", "a", "--device", "abacus"), "there is no device 'abacus'; choose --device "),
             (("generate", "a", "--device", "meta"), "the device meta is not available here; choose --device "),
             (("generate", "a", "--device", "cpu", "--offload", "model"), "--offload model needs an accelerator"),
+            (("generate", "a", "--device", "cpu", "--offload", "group"), "--offload group needs an accelerator"),
             (("generate", "a", "--model", "/no/such/model"), "there is no folder /no/such/model"),
             (("generate", "a", "--model", "{tmp}"), "{tmp} holds no pipeline"),
             (("generate", "a", "--model", "{tmp}", "--output", "a.gif"), "expected .png, .jpg, .jpeg, .webp"),
@@ -157,7 +158,7 @@ class TestErrors:
         ("error", "code", "message"),
         [
             (RuntimeError("a bug\nof ours"), 1, "unexpected RuntimeError: a bug; run with --debug and report it"),
-            (torch.OutOfMemoryError("CUDA"), 2, "out of memory: try --offload model, --dtype bfloat16 or"),
+            (torch.OutOfMemoryError("CUDA"), 2, "out of memory: try --offload group, --dtype bfloat16 or"),
             (KeyboardInterrupt(), 130, "interrupted"),
         ],
     )  # fmt: skip
@@ -277,7 +278,9 @@ class TestGenerate:
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading needs an accelerator")
-    @pytest.mark.parametrize("offload, dtype", [("model", "bfloat16"), ("sequential", "float32")])
+    @pytest.mark.parametrize(
+        "offload, dtype", [("model", "bfloat16"), ("group", "float32"), ("sequential", "float32")]
+    )
     def test_offload_changes_nothing(self, offload, dtype, model, tmp_path):
         """In half precision a layer that comes alone rounds once more: its GELU is not part of the product then."""
         for name, choice in (("a.png", "none"), ("b.png", offload)):

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # what a user can put right
         return fail(PROG, one_line(error), 2, args.debug)
     except torch.OutOfMemoryError:
-        return fail(PROG, "out of memory: try --offload model, --dtype bfloat16 or a smaller size", 2, args.debug)
+        return fail(PROG, "out of memory: try --offload group, --dtype bfloat16 or a smaller size", 2, args.debug)
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {one_line(error)}; run with --debug and report it"
         return fail(PROG, message, 1, args.debug)
@@ -173,10 +173,11 @@ def add_picture_arguments(command: argparse.ArgumentParser, default_size: str) -
     command.add_argument("--device", help="default: the accelerator if there is one, else cpu")
     command.add_argument(
         "--offload",
-        choices=["none", "model", "sequential", "disk"],
+        choices=["none", "model", "group", "sequential", "disk"],
         default="none",
-        help="keep on the accelerator only the model (least cost), or layer (least memory), that is running; or, on a "
-        "CPU, read the text encoder from disk layer by layer",
+        help="keep on the accelerator only the model that is running, or the layer, with the next one on its way "
+        "(group: more of the computer's memory) or alone (sequential); or, on a CPU, read the text encoder from disk "
+        "layer by layer",
     )
     command.add_argument(
         "--vae-tile",
@@ -264,10 +265,10 @@ def requested_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {"model": BUNDLED_NAME, "device": get_device(), "seed": random.randrange(2**32)} | recorded | given
 
     device = usable_device(settings["device"])
-    if args.offload in ("model", "sequential") and device.type == "cpu":
+    if args.offload in ("model", "group", "sequential") and device.type == "cpu":
         raise ValueError(f"--offload {args.offload} needs an accelerator, but the device is cpu")
     if args.offload == "disk" and device.type != "cpu":
-        raise ValueError(f"--offload disk is for CPUs, but the device is {device}; choose model or sequential")
+        raise ValueError(f"--offload disk is for CPUs, but the device is {device}; choose group")
     settings.setdefault("dtype", default_dtype(device))
     if settings["dtype"] not in PICTURE_DTYPES:
         raise ValueError(f"{args.like} has the dtype {settings['dtype']!r}; choose one with --dtype")

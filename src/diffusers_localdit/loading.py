@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_device
 
 from .checkpoint_io import one_line
+from .kernels import try_triton_kernels
 from .key_mapping import DTYPES
 from .model_info import locate
 from .packed_linear import pack_linears, why_not_packed
@@ -16,6 +18,7 @@ from .precision import fast_dtype, quantize_int8
 from .streaming import stream_text_encoder
 from .transformer_localdit import LocalDiTTransformer2DModel
 
+logger = logging.get_logger(__name__)
 # The pipelines' names of the settings that go to them; what is not given is left to their defaults.
 PIPELINE_ARGUMENTS = {
     "negative_prompt": "negative_prompt",
@@ -70,6 +73,10 @@ def load_pipeline(
         quantize_int8(pipe.transformer)
     elif why_not_packed(device, options["dtype"]) is None:
         pack_linears(pipe.transformer)
+    elif device.type == "cuda" and options["dtype"] != torch.float32 and offload in ("none", "model"):
+        reason = try_triton_kernels(pipe.transformer, device, options["dtype"])
+        if reason is not None:
+            logger.warning(f"PyTorch computes the self-attention, which takes longer. {reason}")
     if tile := settings.get("vae_tile"):
         if tile % (4 * pipe.vae_scale_factor) != 0:  # a quarter of a tile overlaps the next one
             raise ValueError(f"--vae-tile {tile} is not a multiple of {4 * pipe.vae_scale_factor}")
@@ -77,6 +84,8 @@ def load_pipeline(
         pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = tile, tile // pipe.vae_scale_factor
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     elif offload == "none":

@@ -22,12 +22,13 @@ HEAD_DIMS = range(8, 129, 4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def why_not_triton(transformer: LocalDiTTransformer2DModel) -> str | None:
+def why_not_triton(transformer: LocalDiTTransformer2DModel, device: torch.device | None = None) -> str | None:
     r"""
     Says why the Triton kernels cannot serve a transformer as it is now.
 
     Args:
-        transformer ([`LocalDiTTransformer2DModel`]): The transformer, on the device and in the dtype it will run in.
+        transformer ([`LocalDiTTransformer2DModel`]): The transformer, in the dtype it will run in.
+        device (`torch.device`, *optional*): Where it will run; where it is if not given.
 
     Returns:
         `str` or `None`: The reason in a sentence, or `None` if the kernels can serve.
@@ -47,20 +48,19 @@ def why_not_triton(transformer: LocalDiTTransformer2DModel) -> str | None:
                 f"The attention backend {str(processor._attention_backend.value)!r} was asked for; call "
                 "`transformer.reset_attention_backend()` to let the kernels take its place."
             )
-    return why_not_tensor(next(transformer.transformer_blocks.parameters()))
+    weight = next(transformer.transformer_blocks.parameters())
+    return why_not_there(device or weight.device, weight.dtype)
 
 
-def why_not_tensor(tensor: torch.Tensor) -> str | None:
-    """Why the kernels cannot run where this tensor is and in its dtype, if they cannot."""
-    if tensor.dtype not in DTYPES:
-        return f"The kernels compute in float32, float16 and bfloat16, not in {tensor.dtype}."
-    if tensor.device.type == "cuda":
-        if torch.version.cuda is not None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+def why_not_there(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on a device and in a dtype, if they cannot."""
+    if dtype not in DTYPES:
+        return f"The kernels compute in float32, float16 and bfloat16, not in {dtype}."
+    if device.type == "cuda":
+        if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
             return "The kernels need a GPU of compute capability 8.0 (Ampere) or later."
-    elif tensor.device.type != "cpu" or not interpreted():
-        return (
-            f"The kernels run on CUDA devices, not on {tensor.device.type!r} (a CPU serves under TRITON_INTERPRET=1)."
-        )
+    elif device.type != "cpu" or not interpreted():
+        return f"The kernels run on CUDA devices, not on {device.type!r} (a CPU serves under TRITON_INTERPRET=1)."
     return None
 
 
@@ -73,7 +73,7 @@ def why_not_call(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> str | N
         )
     if forward_ad.unpack_dual(tokens).tangent is not None:  # which the operators would drop without a word
         return "The kernels have no derivative in forward mode."
-    return why_not_tensor(tokens)
+    return why_not_there(tokens.device, tokens.dtype)
 
 
 def share_of_branch(attn: LocalDiTWindowAttention) -> float:

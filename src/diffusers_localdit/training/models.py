@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..checkpoint_io import one_line
+from ..kernels import try_triton_kernels
 from ..model_info import locate
 from ..transformer_localdit import LocalDiTTransformer2DModel
 from .checkpoints import EMA, TRANSFORMER, latest_checkpoint
@@ -91,6 +92,19 @@ def add_lora(transformer: LocalDiTTransformer2DModel, rank: int) -> None:
         raise ValueError("--lora-rank needs peft: pip install 'diffusers-localdit[train]'") from error
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_LAYERS)))
+
+
+def use_kernels(
+    transformer: LocalDiTTransformer2DModel, settings: TrainingSettings, device: torch.device
+) -> str | None:
+    """Let the Triton kernels compute the self-attention where they are faster. Returns what there is to say of it."""
+    if not settings.kernels or device.type != "cuda" or settings.mixed_precision == "no":
+        return None
+    dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float16
+    reason = try_triton_kernels(transformer, device, dtype, training=True)
+    if reason is None:
+        return "the Triton kernels compute the self-attention"
+    return f"PyTorch computes the self-attention, which takes longer. {reason}"
 
 
 def compile_blocks(transformer: LocalDiTTransformer2DModel, num_sizes: int) -> None:

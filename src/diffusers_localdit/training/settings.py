@@ -22,6 +22,7 @@ CHANGEABLE = {
     "gradient_checkpointing",
     "init_from",
     "keep_checkpoints",
+    "kernels",
     "num_workers",
     "output",
     "steps",
@@ -97,6 +98,7 @@ class TrainingSettings:
 
     mixed_precision: str = option("bf16", "in which to compute; weights are float32", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "less memory, more computation")
+    kernels: bool = option(True, "self-attention by the Triton kernels, on an NVIDIA GPU and in half precision")
     compile: bool = option(False, "compile the transformer's blocks; all captions are padded then")
     text_tokens: int = option(120, "length in tokens to which --compile pads captions", minimum=1)
 

@@ -49,6 +49,7 @@ from .models import (
     build_transformer,
     compile_blocks,
     memory_estimate,
+    use_kernels,
 )
 from .objective import diffusion_loss, offset_noise, training_scheduler
 from .optimizers import build_optimizer
@@ -165,6 +166,8 @@ def train(
     set_seed(settings.seed)  # the same weights in every process
     transformer = build(settings)
     check_channels(transformer, conditioning, validation_data)
+    if said := use_kernels(transformer, settings, accelerator.device):
+        accelerator.print(said)
     if settings.compile:
         compile_blocks(transformer, len(dataset.sizes))
     optimizer = build_optimizer(settings, transformer)
