@@ -40,8 +40,10 @@ class Stream:
 
 ANSWERS = {
     "_lazy_init": None,
+    "current_device": 0,
     "current_stream": Stream(),
     "device_count": 1,
+    "device_of": contextlib.nullcontext(),
     "empty_cache": None,
     "is_available": True,
     "is_bf16_supported": True,

@@ -40,15 +40,17 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_repeated_blocks_share_one_graph():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_repeated_blocks_share_one_graph(backend):
     torch._dynamo.utils.counters.clear()
     model = tiny_transformer()
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager", dynamic=True)
+    model.compile_repeated_blocks(fullgraph=True, backend=backend, dynamic=True)
     assert_close(model, tiny_transformer())
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_whole_model_is_one_graph(backend):
     torch._dynamo.utils.counters.clear()
     with torch.fx.experimental._config.patch(use_duck_shape=False):
