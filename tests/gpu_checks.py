@@ -28,6 +28,9 @@ from diffusers_localdit import (
     transformer_localdit,
 )
 from diffusers_localdit.cli import main
+from diffusers_localdit.training.models import use_kernels
+from diffusers_localdit.training.settings import TrainingSettings
+from diffusers_localdit.transformer_localdit import LocalDiTWindowAttnProcessor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -225,6 +228,12 @@ class TestTraining:
         assert_same_losses(metrics, on_the_cpu, 1e-3)
         said = "the Triton kernels compute the self-attention" if KERNELS_RUN else SLOWER
         assert said in capsys.readouterr().out
+
+    @pytest.mark.parametrize("settings", [{"kernels": False}, {"mixed_precision": "no"}])
+    def test_kernels_are_not_tried(self, settings):
+        transformer = tiny_transformer(num_layers=1)
+        assert use_kernels(transformer, TrainingSettings(**settings), CUDA) is None
+        assert type(transformer.transformer_blocks[0].attn.processor) is LocalDiTWindowAttnProcessor
 
     def test_runs_go_on_elsewhere(self, data, on_the_cpu, tmp_path):
         for device, steps in (("cuda", 3), ("cpu", 5), ("cuda", 8)):

@@ -620,9 +620,18 @@ class TestTrial:
         return said, {type(block.attn.processor).__name__ for block in transformer.transformer_blocks}
 
     @pytest.mark.parametrize("weights, training", [(torch.bfloat16, False), (torch.float32, True)])
-    def test_kernels_that_agree_stay(self, weights, training):
+    def test_kernels_that_agree_stay(self, weights, training, monkeypatch):
+        """Tried in the dtype that is asked for, to which autocast brings what weights in another one make."""
+        dtypes = []
+
+        def attend(*arguments, attend=ops.local_window_attention_):
+            dtypes.append(arguments[0].dtype)
+            return attend(*arguments)
+
+        monkeypatch.setattr(ops, "local_window_attention_", attend)
         said = self.outcome(lambda transformer: transformer.to(weights), training=training)
         assert said == (None, {"LocalDiTTritonAttnProcessor"})
+        assert dtypes == [torch.bfloat16]
 
     def test_new_weights_that_are_zero_agree(self):
         said, _ = self.outcome(lambda transformer: [torch.nn.init.zeros_(x) for x in transformer.parameters()])
