@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GELU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusers_localdit import BUNDLED_MODEL, LocalDiTTransformer2DModel
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.loading import load_pipeline
-from diffusers_localdit.packed_linear import PackedLinear, pack_linears, why_not_packed
+from diffusers_localdit.packed_linear import PackedGELU, PackedLinear, pack_linears, why_not_packed
 from diffusers_localdit.pipeline_localdit import LocalDiTPipeline
 from diffusers_localdit.precision import Int8Linear, quantize_int8, why_not_int8
 
@@ -24,6 +25,7 @@ needs_packing = pytest.mark.skipif(
     why_not_packed(CPU, torch.float32) is not None, reason=str(why_not_packed(CPU, torch.float32))
 )
 HALF_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
+dtypes = st.sampled_from(list(HALF_STEP))
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 needs_int8 = pytest.mark.skipif(why_not_int8(CPU) is not None, reason=str(why_not_int8(CPU)))
 all_kinds = pytest.mark.parametrize(
@@ -57,7 +59,7 @@ class TestPackedLinear:
         inputs=st.integers(1, 150),
         outputs=st.integers(1, 150),
         bias=st.booleans(),
-        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        dtype=dtypes,
         turned=st.booleans(),
         seed=st.integers(0, 999),
     )
@@ -89,9 +91,10 @@ class TestPackedLinear:
         """By oneDNN's own log, whatever the number of tokens: the gain would be gone."""
         compute = (
             f"linear = PackedLinear(torch.nn.Linear(1152, 1152, dtype={dtype}))\n"
-            f"for tokens in (1, 120, 1000, 2048): linear(torch.randn(tokens, 1152, dtype={dtype}))"
+            f"for tokens in (1, 120, 1000, 2048):\n"
+            f"    for layer in (linear, PackedGELU(linear)): layer(torch.randn(tokens, 1152, dtype={dtype}))"
         )
-        command = f"import torch\nfrom diffusers_localdit.packed_linear import PackedLinear\n{compute}"
+        command = f"import torch\nfrom diffusers_localdit.packed_linear import PackedGELU, PackedLinear\n{compute}"
         printed = subprocess.run(
             [sys.executable, "-c", command],
             env=os.environ | {"ONEDNN_VERBOSE": "1"},
@@ -100,8 +103,30 @@ class TestPackedLinear:
             check=True,
         ).stdout
         executed = [line.split(",exec,cpu,")[1].split(",") for line in printed.splitlines() if ",exec,cpu," in line]
-        assert [kind for kind, *_ in executed] == ["reorder"] + 4 * ["inner_product"]
+        assert [kind for kind, *_ in executed] == ["reorder"] + 8 * ["inner_product"]
         assert not any("ref" in implementation for _, implementation, *_ in executed)
+
+    @given(magnitude=st.sampled_from([0.0, 1e-3, 1.0, 10.0, 1e4]), dtype=dtypes, seed=st.integers(0, 999))
+    @settings(max_examples=50)
+    def test_gelu_of_its_sums(self, magnitude, dtype, seed):
+        """Rounded once, after the GELU."""
+        generator = torch.Generator().manual_seed(seed)
+        linear = nn.Linear(24, 40).to(dtype).requires_grad_(False)
+        x = (magnitude * torch.randn(70, 24, generator=generator)).to(dtype)
+        exact = F.gelu(F.linear(x.double(), linear.weight.double(), linear.bias.double()), approximate="tanh")
+        output = PackedGELU(PackedLinear(linear))(x)
+        assert output.dtype == dtype
+        sums = F.linear(x.double().abs(), linear.weight.double().abs(), linear.bias.double().abs())
+        assert ((output - exact).abs() <= HALF_STEP[dtype] * exact.abs() + 50 * 2**-24 * sums).all()
+
+    @both_dtypes
+    def test_a_hook_sees_what_the_linear_gives(self, dtype):
+        linear, x, seen = nn.Linear(16, 3, dtype=dtype), torch.randn(5, 16, dtype=dtype), []
+        layer = PackedGELU(PackedLinear(linear))
+        layer.proj.register_forward_hook(lambda module, arguments, output: seen.append(output.clone()))
+        output = layer(x)
+        assert torch.equal(seen[0], PackedLinear(linear)(x))
+        assert torch.equal(output, F.gelu(seen[0], approximate="tanh"))
 
     def test_what_it_cannot_do_is_refused(self):
         layer = PackedLinear(nn.Linear(4, 3))
@@ -178,11 +203,26 @@ class TestPackedModel:
     def test_all_linear_layers_of_the_blocks(self):
         transformer = pack_linears(load())
         kinds = {type(module) for module in transformer.transformer_blocks.modules()}
-        assert PackedLinear in kinds and nn.Linear not in kinds
+        assert {PackedLinear, PackedGELU} <= kinds and not {nn.Linear, GELU} & kinds
         assert type(transformer.proj_out) is nn.Linear
         layers = [module for module in transformer.modules() if type(module) is PackedLinear]
         again = [module for module in pack_linears(transformer).modules() if type(module) is PackedLinear]
         assert [*map(id, layers)] == [*map(id, again)]  # nothing left to do
+
+    @torch.no_grad()
+    @both_dtypes
+    def test_feed_forward_in_slabs(self, dtype, monkeypatch):
+        transformer = pack_linears(load(dtype=dtype))
+        feed_forward = transformer.transformer_blocks[0].ff
+        dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        x = torch.randn(2, 40, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = feed_forward(x)
+        calls = []
+        forward = PackedGELU.forward
+        monkeypatch.setattr(PackedGELU, "forward", lambda self, x: calls.append(x.shape[1]) or forward(self, x))
+        monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 2 * 16 * dim)
+        assert torch.equal(feed_forward(x), expected)
+        assert calls == [16, 16, 8]
 
     def test_weights_of_another_kind_stay(self):
         """As torchao's quantized ones, which are tensors in linear layers of PyTorch."""
@@ -208,7 +248,8 @@ class TestPackedModel:
         output = forward(quantize_int8(pack_linears(load())))
         assert torch.equal(output, forward(quantize_int8(load())))
         quantized = pack_linears(quantize_int8(load()))
-        assert Int8Linear in {type(module) for module in quantized.transformer_blocks.modules()}
+        kinds = {type(module) for module in quantized.transformer_blocks.modules()}
+        assert {Int8Linear, GELU} <= kinds and PackedGELU not in kinds
 
     def test_other_transformers_of_diffusers(self):
         """The benchmark packs PixArt's as well."""
@@ -219,7 +260,8 @@ class TestPackedModel:
         transformer = PixArtTransformer2DModel(**config, cross_attention_dim=24, sample_size=128)
         expected = forward(transformer)
         output = forward(pack_linears(transformer))
-        assert type(transformer.transformer_blocks[0].attn1.to_q) is PackedLinear
+        block = transformer.transformer_blocks[0]
+        assert type(block.attn1.to_q) is PackedLinear and type(block.ff.net[0]) is PackedGELU
         assert (output - expected).norm() < 1e-6 * expected.norm()
 
     def test_lora_is_refused(self):

@@ -23,6 +23,7 @@ from diffusers_localdit.transformer_localdit import (
     QK_NORM_EPS,
     LocalDiTFeedForward,
     LocalDiTRMSNorm,
+    LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     apply_rotary,
     cached_token_map_geometry,
@@ -30,6 +31,7 @@ from diffusers_localdit.transformer_localdit import (
     is_plain,
     query_parts,
     rotary_table,
+    token_map_geometry,
     without_padding,
 )
 
@@ -298,6 +300,34 @@ def test_norm_in_place_is_the_norm(magnitude, dtype, rtol):
     normed = norm(x)
     assert normed.dtype == dtype
     torch.testing.assert_close(normed.double(), expected, rtol=rtol, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, step", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+def test_norm_and_rotary_embedding_are_rounded_once(dtype, step):
+    torch.manual_seed(0)
+    attn = LocalDiTWindowAttention(48, 2, window_size=4, use_global_context=False)
+    torch.nn.init.uniform_(attn.norm_q.weight, 0.5, 2.0)
+    attn.to(dtype)
+    geometry = token_map_geometry(8, 12, 48, 24, 4, True, 8, 1.0, torch.device("cpu")).shifts[1]
+    x = torch.randn(2, 96, 48).to(dtype)
+    query, _, _ = LocalDiTWindowAttnProcessor._project(attn, x, geometry)
+    windows = geometry.window_to_token.flatten()
+    projected = attn.to_q(x[:, windows]).double().unflatten(-1, (2, 24))
+    normed = F.rms_norm(projected, (24,), attn.norm_q.weight.double(), QK_NORM_EPS)
+    tables = (table[windows].double() for table in (geometry.rotary_cos, geometry.rotary_sin))
+    torch.testing.assert_close(query.double(), apply_rotary(normed, *tables).view_as(query), rtol=step, atol=2e-6)
+
+
+@torch.no_grad()
+def test_norm_in_place_keeps_float32_with_a_weight_in_half_precision():
+    norm = LocalDiTRMSNorm(12, eps=QK_NORM_EPS).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    expected = F.rms_norm(x.double(), (12,), norm.weight.double(), QK_NORM_EPS)
+    normed = norm(x.clone())
+    assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

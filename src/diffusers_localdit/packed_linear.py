@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
 from torch import nn
 
 from .transformer_localdit import is_untouched
@@ -60,6 +61,11 @@ def pack_linears(transformer: nn.Module) -> nn.Module:
     if reason := why_not_packed(transformer.device, transformer.dtype):
         raise ValueError(reason)
     replace_linears(transformer, [nn.Linear], PackedLinear)
+    for module in list(transformer.transformer_blocks.modules()):
+        for name, child in module.named_children():
+            is_gelu = type(child) is GELU and child.approximate == "tanh" and is_untouched(child)
+            if is_gelu and type(child.proj) is PackedLinear:
+                setattr(module, name, PackedGELU(child.proj))
     return transformer
 
 
@@ -143,7 +149,7 @@ class FrozenLinear(nn.Module):
 
 
 class PackedLinear(FrozenLinear):
-    r"""A linear layer through oneDNN, with its weight laid out once."""
+    r"""A linear layer through oneDNN, with its weight laid out once, and an activation of oneDNN's after it."""
 
     packed = ("packed_weight",)
 
@@ -154,11 +160,32 @@ class PackedLinear(FrozenLinear):
     def weight(self) -> torch.Tensor:
         return self.packed_weight.to_dense()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, activation: str = "none", approximate: str = "") -> torch.Tensor:
         self.check(hidden_states)
         if hidden_states.dtype != self.weight_dtype:
             raise ValueError(
                 f"A linear layer that was packed in {self.weight_dtype} got {hidden_states.dtype}; choose the dtype"
                 " before `pack_linears`."
             )
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.packed_weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            hidden_states, self.packed_weight, self.bias, activation, [], approximate
+        )
+
+
+class PackedGELU(GELU):
+    r"""
+    The tanh approximation of GELU of a packed linear layer, which oneDNN applies to sums before it rounds them.
+
+    Args:
+        proj ([`PackedLinear`]):
+            The linear layer. With another one in its place, or a hook on it, GELU is computed after it.
+    """
+
+    def __init__(self, proj: nn.Module):
+        super().__init__(1, 1, approximate="tanh")
+        self.proj = proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if type(self.proj) is PackedLinear and is_untouched(self.proj):
+            return self.proj(hidden_states, "gelu", "tanh")
+        return super().forward(hidden_states)

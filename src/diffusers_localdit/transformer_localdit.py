@@ -516,14 +516,16 @@ class LocalDiTWindowAttnProcessor:
         # A compiled graph serves maps with padding and without.
         if torch.compiler.is_compiling() or geometry.map_to_token.numel() > hidden_states.shape[1]:
             query, key, value = (x.masked_fill(geometry.padding.unsqueeze(-1), 0) for x in (query, key, value))
-        query, key = (
-            apply_rotary(
-                norm(x.unflatten(-1, (attn.heads, -1))).flatten(1, 2),  # (B, n*w*w, heads, head_dim)
-                *(x if x is None else x.index_select(0, tokens) for x in (geometry.rotary_cos, geometry.rotary_sin)),
-            ).view_as(x)
-            for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
-        )
-        return query, key, value
+        rotary = [x if x is None else x.index_select(0, tokens) for x in (geometry.rotary_cos, geometry.rotary_sin)]
+
+        def turn(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            # On a CPU half precision is widened once for both steps, and rounded after them.
+            once = saves_passes(x)
+            heads = (at_least_float32(x) if once else x).unflatten(-1, (attn.heads, -1))
+            turned = apply_rotary(norm(heads).flatten(1, 2), *rotary)  # (B, n*w*w, heads, head_dim)
+            return (turned.to(x.dtype) if once else turned).view_as(x)
+
+        return turn(attn.norm_q, query), turn(attn.norm_k, key), value
 
     def _attend(self, attn, query, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
         """Attention in each window, `(B, n, w*w, C)`."""
@@ -622,12 +624,13 @@ class LocalDiTGlobalContext(nn.Module):
 
 class LocalDiTRMSNorm(nn.RMSNorm):
     r"""
-    `nn.RMSNorm`, which may overwrite its input: PyTorch's makes five passes on a CPU, most through fresh memory.
+    `nn.RMSNorm`, which may overwrite its input: PyTorch's makes five passes on a CPU, most through fresh memory. Gives
+    the dtype that it gets, also float32 with a weight in half precision.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = x.dtype
-        if not saves_passes(x) or dtype != self.weight.dtype:
+        if not saves_passes(x) or dtype != torch.promote_types(dtype, self.weight.dtype):
             return super().forward(x)
         x = at_least_float32(x)
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
@@ -729,16 +732,21 @@ def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def widens_as_built(widen: nn.Module, dropout: nn.Module) -> bool:
-    """Whether nobody has put something in the place of a feed-forward's GELU or expects to be told of its calls."""
-    built = type(widen) is GELU and widen.approximate == "tanh" and type(dropout) is nn.Dropout
+def widens_tokens(widen: nn.Module, dropout: nn.Module) -> bool:
+    """Whether a feed-forward's GELU treats each token on its own, and nobody expects to be told of its calls."""
+    built = isinstance(widen, GELU) and widen.approximate == "tanh" and type(dropout) is nn.Dropout
     return built and is_untouched(widen) and is_untouched(dropout)
+
+
+def widened(widen: GELU, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The GELU of its linear layer, in place, or as a GELU of another kind computes it."""
+    return gelu_tanh_(widen.proj(hidden_states)) if type(widen) is GELU else widen(hidden_states)
 
 
 def may_fuse_gelu(hidden_states: torch.Tensor, widen: nn.Module) -> bool:
     """Whether cuBLAS may apply the GELU to what a linear gives, which saves two passes over it; it has no gradient."""
     half = hidden_states.dtype in (torch.float16, torch.bfloat16)
-    if not (hidden_states.is_cuda and half) or torch.is_grad_enabled():
+    if not (hidden_states.is_cuda and half and type(widen) is GELU) or torch.is_grad_enabled():
         return False
     # No autocast: PyTorch has none for this operator.
     return is_plain(widen.proj, hidden_states) and widen.proj.weight.dtype == hidden_states.dtype
@@ -749,14 +757,14 @@ class LocalDiTFeedForward(FeedForward):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         widen, dropout, narrow = self.net
-        if not widens_as_built(widen, dropout):
+        if not widens_tokens(widen, dropout):
             return super().forward(hidden_states)
         if may_fuse_gelu(hidden_states, widen):
             return self._fused(hidden_states)
         if not saves_passes(hidden_states) or hidden_states.numel() < SLAB_NUMBERS // 2:
             return super().forward(hidden_states)
         # Allocating four times the width of the network anew costs as much as the GELU.
-        return slab_by_slab(lambda slab: narrow(gelu_tanh_(widen.proj(slab))), hidden_states)
+        return slab_by_slab(lambda slab: narrow(widened(widen, slab)), hidden_states)
 
     def _fused(self, hidden_states: torch.Tensor) -> torch.Tensor:
         widen, _, narrow = self.net
