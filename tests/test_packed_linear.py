@@ -233,6 +233,19 @@ class TestPackedModel:
         pack_linears(transformer)
         assert transformer.transformer_blocks[0].ff.net[2] is linear
 
+    def test_gelus_that_stay(self):
+        """One that somebody expects to be told of, and one that is exact."""
+        transformer, packed, seen = load(), load(), []
+        for model in (transformer, packed):
+            model.transformer_blocks[1].ff.net[0].approximate = "none"
+        packed.transformer_blocks[0].ff.net[0].register_forward_hook(lambda *arguments: seen.append(arguments))
+        expected = forward(transformer)
+        output = forward(pack_linears(packed))
+        kinds = [type(block.ff.net[0]) for block in packed.transformer_blocks]
+        assert kinds == [GELU, GELU] + [PackedGELU] * (len(kinds) - 2)
+        assert len(seen) == 1
+        assert (output - expected).norm() < 1e-6 * expected.norm()
+
     def test_projections_fused_before_and_after(self):
         transformer, packed = load(), pack_linears(load())
         expected = forward(transformer)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from diffusers.hooks import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_layer_skip
+from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import is_peft_available
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from diffusers_localdit.transformer_localdit import (
     cached_token_map_geometry,
     gelu_tanh_,
     is_plain,
+    may_fuse_gelu,
     query_parts,
     rotary_table,
     token_map_geometry,
@@ -325,8 +327,8 @@ def test_norm_in_place_keeps_float32_with_a_weight_in_half_precision():
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
     expected = F.rms_norm(x.double(), (12,), norm.weight.double(), QK_NORM_EPS)
-    normed = norm(x.clone())
-    assert normed.dtype == torch.float32
+    normed = norm(x)
+    assert normed.dtype == torch.float32 and normed.data_ptr() == x.data_ptr()
     torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=0)
 
 
@@ -337,6 +339,16 @@ def test_gelu_in_place_is_the_gelu(dtype, rtol):
     x = torch.linspace(-6, 6, 1000).reshape(1, 125, 8).to(dtype)  # more than once 64 rows
     expected = F.gelu(x.double(), approximate="tanh")
     torch.testing.assert_close(gelu_tanh_(x).double(), expected, rtol=rtol, atol=1e-7)
+
+
+@torch.no_grad()
+def test_a_gelu_of_another_kind_is_not_left_out_on_a_gpu():
+    class OwnGELU(GELU):
+        pass
+
+    tokens = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cpu"))
+    assert may_fuse_gelu(tokens, GELU(4, 8, approximate="tanh").bfloat16())
+    assert not may_fuse_gelu(tokens, OwnGELU(4, 8, approximate="tanh").bfloat16())
 
 
 def test_only_plain_linears_are_computed_from_their_weights():
