@@ -562,6 +562,7 @@ def load_golden(name: str):
     return model.to(DEVICE), map_tensors(lambda x: x.to(DEVICE), {**tensors, "added_cond_kwargs": added}), expected
 
 
+@pytest.mark.usefixtures("golden_frequencies")
 @torch.no_grad()
 def test_model_with_kernels_meets_the_original():
     model, inputs, expected = load_golden("window4_global")

@@ -35,6 +35,7 @@ def load_case(folder: Path, file: str):
 
 
 @pytest.mark.parametrize("folder, file", FORWARD_CASES)
+@pytest.mark.usefixtures("golden_frequencies")
 @torch.no_grad()
 def test_forward_meets_the_original(folder, file):
     model, inputs, expected = load_case(folder, file)
