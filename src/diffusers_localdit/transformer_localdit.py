@@ -520,10 +520,10 @@ class LocalDiTWindowAttnProcessor:
 
         def turn(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
             # On a CPU half precision is widened once for both steps, and rounded after them.
-            once = saves_passes(x)
-            heads = (at_least_float32(x) if once else x).unflatten(-1, (attn.heads, -1))
+            saves = saves_passes(x)
+            heads = (at_least_float32(x) if saves else x).unflatten(-1, (attn.heads, -1))
             turned = apply_rotary(norm(heads).flatten(1, 2), *rotary)  # (B, n*w*w, heads, head_dim)
-            return (turned.to(x.dtype) if once else turned).view_as(x)
+            return (turned.to(x.dtype) if saves else turned).view_as(x)
 
         return turn(attn.norm_q, query), turn(attn.norm_k, key), value
 
