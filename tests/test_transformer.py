@@ -315,7 +315,7 @@ def test_norm_and_rotary_embedding_are_rounded_once(dtype, step):
     x = torch.randn(2, 96, 48).to(dtype)
     query, _, _ = LocalDiTWindowAttnProcessor._project(attn, x, geometry)
     windows = geometry.window_to_token.flatten()
-    projected = attn.to_q(x[:, windows]).double().unflatten(-1, (2, 24))
+    projected = attn.to_q(x[:, windows].unflatten(1, (-1, 16))).flatten(1, 2).double().unflatten(-1, (2, 24))
     normed = F.rms_norm(projected, (24,), attn.norm_q.weight.double(), QK_NORM_EPS)
     tables = (table[windows].double() for table in (geometry.rotary_cos, geometry.rotary_sin))
     torch.testing.assert_close(query.double(), apply_rotary(normed, *tables).view_as(query), rtol=step, atol=2e-6)
