@@ -28,10 +28,10 @@ def float32_is_float32() -> Iterator[None]:
 @pytest.fixture
 def golden_frequencies(monkeypatch) -> None:
     """
-    The 128 frequencies of sinusoidal embeddings as they must have been where the golden numbers were made, for with them
-    all cases agree: each rounded to the nearest, but for one in the middle of two numbers (by 0.02 of their distance),
-    which processors round up or down. At a timestep of 999 that is up to 3.3e-6 of what a model predicts, all else
-    together less than 5e-7.
+    The 128 frequencies of sinusoidal embeddings as they must have been where the golden numbers were made, for with
+    them all cases agree: each rounded to the nearest, but for one in the middle of two numbers (by 0.02 of their
+    distance), which processors round up or down. At a timestep of 999 that is up to 3.3e-6 of what a model predicts,
+    all else together less than 5e-7.
     """
     exp = torch.exp
 
