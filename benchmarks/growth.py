@@ -29,7 +29,7 @@ from transformer import (
 
 from diffusers_localdit.packed_linear import why_not_packed
 
-MODELS = [f"{kind}-{branch}" for kind in ("localdit", "packed") for branch in ("global", "folded")]
+MODELS = [f"{kind}-{branch}" for kind in ("localdit", "packed", "cpu") for branch in ("global", "folded")]
 CPU = torch.device("cpu")
 
 
@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         for side in args.sizes:
             log(f"{name}, {side} x {side}")
             inputs = make_inputs(side, side, 1, CPU, torch.float32)
-            reference = make(plain_model(name)) if name.startswith("packed") else model
+            reference = make(plain_model(name)) if name.startswith(("packed", "cpu")) else model
             check_parity(name, model, reference, inputs, training=False)
             steps[name, side] = functools.partial(forward_step, runner(name, model, inputs))
 

@@ -6,7 +6,8 @@ All models of a table take turns in one process, and so do their matrix products
 implementation. A model that does not give the numbers of the plain computation is not timed and its table not printed.
 A full run takes hours on a CPU: choose models and sizes, or `--layers`: models of so few layers are run (each layer
 costs the same) and their times multiplied to the full depth, 18 for LocalDiT, 28 or 18 for PixArt.
-The weights of models named `packed-...` are laid out for the CPU (`pack_linears`), and so are those of their floor.
+The weights of models named `packed-...` are laid out for the CPU (`pack_linears`), and so are those of their floor;
+models named `cpu-...` have the CPU kernels besides, as `localdit` computes, and packed weights where those serve.
 With `--cuda-graph` every step, the products too, is a CUDA graph whose replay is timed: the time of the GPU alone,
 without that of the CPU's launches. Peak memory and parity are those of the step itself.
 The last line is JSON.
@@ -37,7 +38,11 @@ LOCALDIT_LAYERS = 18
 PIXART_LAYERS = {"pixart-28": 28, "pixart-18": 18, "packed-pixart-28": 28}
 MODELS = [
     *PIXART_LAYERS,
-    *(f"{kind}-{branch}" for kind in ("plain", "localdit", "packed", "triton") for branch in ("global", "folded")),
+    *(
+        f"{kind}-{branch}"
+        for kind in ("plain", "localdit", "packed", "cpu", "triton")
+        for branch in ("global", "folded")
+    ),
 ]
 BASELINE = "pixart-28"
 TEXT_TOKENS = 120
@@ -56,9 +61,16 @@ def full_depth(name: str) -> int:
     return PIXART_LAYERS.get(name, LOCALDIT_LAYERS)
 
 
-def architecture(name: str) -> str:
+def is_packed(name: str, dtype: torch.dtype) -> bool:
+    return "packed" in name or (name.startswith("cpu") and why_not_packed(torch.device("cpu"), dtype) is None)
+
+
+def architecture(name: str, dtype: torch.dtype) -> str:
     """What decides the matrix products: "pixart-28", "pixart-18", "global", "folded", or one of them "packed-"."""
-    return name if name in PIXART_LAYERS or name.startswith("packed") else name.split("-")[1]
+    if name in PIXART_LAYERS:
+        return name
+    branch = name.split("-")[1]
+    return f"packed-{branch}" if is_packed(name, dtype) else branch
 
 
 def plain_model(name: str) -> str:
@@ -87,7 +99,7 @@ def make_inputs(height: int, width: int, batch_size: int, device: torch.device, 
 def make_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Random weights, none of them zero throughout. All kinds of one architecture have the same."""
     if name.startswith("plain"):
-        return make_model(f"localdit-{architecture(name)}", layers, device, dtype)
+        return make_model(f"localdit-{name.split('-')[1]}", layers, device, dtype)
     torch.manual_seed(0)
     num_layers = layers or full_depth(name)
     with device:  # a GPU makes the weights in a fraction of the time
@@ -99,8 +111,12 @@ def make_model(name: str, layers: int | None, device: torch.device, dtype: torch
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     model = model.to(device, dtype).eval()
-    if name.startswith("packed"):
+    if is_packed(name, dtype):
         pack_linears(model)
+    if name.startswith("cpu"):
+        from diffusers_localdit.kernels import install_cpu_kernels
+
+        install_cpu_kernels(model)
     if name.startswith("triton"):
         from diffusers_localdit.kernels import install_triton_kernels  # needs the extra `triton`
 
@@ -286,7 +302,7 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
             compile_model(model, len(args.sizes) * len(args.batches))
         error = None
         if name not in PIXART_LAYERS:
-            weights = plain_model(name) if name.startswith("packed") else name
+            weights = plain_model(name) if name.startswith(("packed", "cpu")) else name
             reference = make_model(weights, args.layers, args.device, args.dtype)
             error = check_parity(name, model, reference, inputs, training)
         forward = runner(name, model, inputs)
@@ -308,7 +324,7 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
             }
         )
         steps[name] = capture(step, model) if args.cuda_graph else step
-        products = f"{architecture(name)} products"
+        products = f"{architecture(name, args.dtype)} products"
         if products not in steps:
             leaves_out_padding = (
                 isinstance(model, LocalDiTTransformer2DModel)
@@ -331,7 +347,7 @@ def measure(height: int, width: int, batch_size: int, mode: str, args: argparse.
         for ratio, other in (
             ("times_pixart", BASELINE),
             ("times_plain", plain_model(row["model"])),
-            ("share_of_floor", f"{architecture(row['model'])} products"),
+            ("share_of_floor", f"{architecture(row['model'], args.dtype)} products"),
         ):
             if other in seconds and other != row["model"]:
                 row[ratio] = statistics.median(theirs / ours for theirs, ours in zip(seconds[other], own))
@@ -445,11 +461,12 @@ def parse_args() -> argparse.Namespace:
     on_gpu = args.device.type == "cuda"
     if args.cuda_graph and not on_gpu:
         parser.error(f"--cuda-graph needs a CUDA device, not {str(args.device)!r}")
-    if any(name.startswith("packed") for name in args.models):
-        if reason := why_not_packed(args.device, args.dtype):
-            parser.error(reason)
-        if "training" in args.modes or args.compile:
-            parser.error("packed weights are for inference, as they are: give --modes forward, and no --compile")
+    packed = any(name.startswith("packed") for name in args.models)
+    if packed and (reason := why_not_packed(args.device, args.dtype)):
+        parser.error(reason)
+    for_inference = packed or any(name.startswith("cpu") for name in args.models)
+    if for_inference and ("training" in args.modes or args.compile):
+        parser.error("packed weights and CPU kernels are for inference: give --modes forward, and no --compile")
     args.runs = args.runs or (20 if on_gpu else 5)
     if args.cpu_time:
         torch.set_num_threads(1)

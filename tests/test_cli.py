@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import diffusers_localdit
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
 from diffusers_localdit.cli import main
+from diffusers_localdit.kernels import try_cpu_kernels
 from diffusers_localdit.loading import default_dtype
 from diffusers_localdit.packed_linear import pack_linears, why_not_packed
 from diffusers_localdit.png_settings import SETTINGS, read_settings, settings_chunks
@@ -51,9 +52,10 @@ def sketch(tmp_path) -> Path:
 
 
 def as_the_command_has_it(pipeline_class: type, model: Path) -> DiffusionPipeline:
-    """In the dtype that this processor is good at, with weights laid out for it."""
+    """In the dtype that this processor is good at, with the CPU kernels if they serve and weights laid out for it."""
     device = torch.device("cpu")
     pipe = pipeline_class.from_pretrained(model, dtype=fast_dtype(device))
+    try_cpu_kernels(pipe.transformer)
     if why_not_packed(device, pipe.dtype) is None:
         pack_linears(pipe.transformer)
     return pipe

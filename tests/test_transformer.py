@@ -313,7 +313,8 @@ def test_norm_and_rotary_embedding_are_rounded_once(dtype, step):
     attn.to(dtype)
     geometry = token_map_geometry(8, 12, 48, 24, 4, True, 8, 1.0, torch.device("cpu")).shifts[1]
     x = torch.randn(2, 96, 48).to(dtype)
-    query, _, _ = LocalDiTWindowAttnProcessor._project(attn, x, geometry)
+    processor = LocalDiTWindowAttnProcessor
+    query, _, _ = processor._prepare(attn, *processor._project(attn, x, geometry), geometry)
     windows = geometry.window_to_token.flatten()
     projected = attn.to_q(x[:, windows].unflatten(1, (-1, 16))).flatten(1, 2).double().unflatten(-1, (2, 24))
     normed = F.rms_norm(projected, (24,), attn.norm_q.weight.double(), QK_NORM_EPS)

@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_device
 
 from .checkpoint_io import one_line
-from .kernels import try_triton_kernels
+from .kernels import try_cpu_kernels, try_triton_kernels
 from .key_mapping import DTYPES
 from .model_info import locate
 from .packed_linear import pack_linears, why_not_packed
@@ -69,6 +69,8 @@ def load_pipeline(
     if not isinstance(pipe.transformer, LocalDiTTransformer2DModel):
         raise ValueError(f"{model} is no LocalDiT: its transformer is a {type(pipe.transformer).__name__}")
 
+    if device.type == "cpu" and (reason := try_cpu_kernels(pipe.transformer)) is not None:
+        logger.info(f"PyTorch computes the self-attention, which takes a little longer. {reason}")
     if int8:
         quantize_int8(pipe.transformer)
     elif why_not_packed(device, options["dtype"]) is None:

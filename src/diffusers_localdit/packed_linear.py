@@ -160,16 +160,24 @@ class PackedLinear(FrozenLinear):
     def weight(self) -> torch.Tensor:
         return self.packed_weight.to_dense()
 
-    def forward(self, hidden_states: torch.Tensor, activation: str = "none", approximate: str = "") -> torch.Tensor:
-        self.check(hidden_states)
+    def check(self, hidden_states: torch.Tensor) -> None:
+        super().check(hidden_states)
         if hidden_states.dtype != self.weight_dtype:
             raise ValueError(
                 f"A linear layer that was packed in {self.weight_dtype} got {hidden_states.dtype}; choose the dtype"
                 " before `pack_linears`."
             )
+
+    def forward(self, hidden_states: torch.Tensor, activation: str = "none", approximate: str = "") -> torch.Tensor:
+        self.check(hidden_states)
         return torch.ops.mkldnn._linear_pointwise(
             hidden_states, self.packed_weight, self.bias, activation, [], approximate
         )
+
+    def add_to(self, other: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`other` plus what the layer gives, which is not rounded before."""
+        self.check(hidden_states)
+        return torch.ops.mkldnn._linear_pointwise.binary(hidden_states, other, self.packed_weight, self.bias, "add")
 
 
 class PackedGELU(GELU):

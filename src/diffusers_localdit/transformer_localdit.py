@@ -88,6 +88,10 @@ class WindowGeometry(NamedTuple):
             )
         ]
 
+    def sides(self, window_size: int) -> dict[str, int]:
+        """Windows beside each other, and rows and columns of one, as `rearrange` takes them."""
+        return {"c": self.map_to_token.shape[1] // window_size, "h": window_size, "w": window_size}
+
 
 class TokenMapGeometry(NamedTuple):
     """
@@ -483,23 +487,20 @@ class LocalDiTWindowAttnProcessor:
         size = slab_size(hidden_states)
         parts = geometry.split(size)  # of n windows
         context = attn.global_context
-        w = attn.window_size
-        sides = {"c": geometry.map_to_token.shape[1] // w, "h": w, "w": w}
         query_maps, keys, outputs = [], [], []
         for part in parts:
-            query, key, value = self._project(attn, hidden_states, part)  # (B, n, w*w, C) each
-            outputs.append(self._attend(attn, query, key, value, attn.rel_pos_bias, part))
+            query_map, key, output = self._attend_locally(attn, *self._project(attn, hidden_states, part), part)
+            outputs.append(output)
             if context is not None:
-                query_maps.append(rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **sides))  # (B, rows, Wp, C)
+                query_maps.append(query_map)  # (B, rows, Wp, C)
                 keys.append(key)
 
         if context is not None:
-            query_maps, context_bias = context(query_maps)
+            query_maps, context_bias = self._query_context(context, query_maps)
             for i, (part, query_map, key) in enumerate(zip(parts, query_maps, keys)):
-                query = rearrange(query_map, "b (r h) (c w) d -> b (r c) (h w) d", **sides)
                 # Keys and values are both read from the rotated keys; padding (zeros) contributes the linear's bias.
-                context_output = self._attend(attn, query, context.to_k(key), context.to_v(key), context_bias, part)
-                outputs[i] = multiply(add(outputs[i], context_output), 0.5)
+                key, value = context.to_k(key), context.to_v(key)
+                outputs[i] = self._join_context(attn, outputs[i], query_map, key, value, context_bias, part)
 
         outputs = [output.flatten(1, 2) for output in outputs]  # (B, n*w*w, C)
         if size is not None and saves_passes(hidden_states):
@@ -509,13 +510,17 @@ class LocalDiTWindowAttnProcessor:
 
     @staticmethod
     def _project(attn, hidden_states, geometry: WindowGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of windows, `(B, n, w*w, C)`; zeros for padding."""
-        tokens = geometry.window_to_token.flatten()
-        windows = hidden_states.index_select(1, tokens).unflatten(1, geometry.window_to_token.shape)
-        query, key, value = attn.project(windows)
+        """Query, key and value of windows, `(B, n, w*w, C)`, of padding anything."""
+        windows = hidden_states.index_select(1, geometry.window_to_token.flatten())
+        return attn.project(windows.unflatten(1, geometry.window_to_token.shape))
+
+    @staticmethod
+    def _prepare(attn, query, key, value, geometry: WindowGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query and key with norm and rotary embedding, and value; zeros for padding."""
         # A compiled graph serves maps with padding and without.
-        if torch.compiler.is_compiling() or geometry.map_to_token.numel() > hidden_states.shape[1]:
+        if torch.compiler.is_compiling() or geometry.map_to_token.numel() > geometry.token_to_window.numel():
             query, key, value = (x.masked_fill(geometry.padding.unsqueeze(-1), 0) for x in (query, key, value))
+        tokens = geometry.window_to_token.flatten()
         rotary = [x if x is None else x.index_select(0, tokens) for x in (geometry.rotary_cos, geometry.rotary_sin)]
 
         def turn(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -526,6 +531,23 @@ class LocalDiTWindowAttnProcessor:
             return (turned.to(x.dtype) if saves else turned).view_as(x)
 
         return turn(attn.norm_q, query), turn(attn.norm_k, key), value
+
+    def _attend_locally(self, attn, query, key, value, geometry: WindowGeometry):
+        """For the context, if there is one, queries on the map `(B, rows, Wp, C)`; keys and output of the windows."""
+        query, key, value = self._prepare(attn, query, key, value, geometry)
+        query_map = None
+        if attn.global_context is not None:
+            query_map = rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **geometry.sides(attn.window_size))
+        return query_map, key, self._attend(attn, query, key, value, attn.rel_pos_bias, geometry)
+
+    def _query_context(self, context: "LocalDiTGlobalContext", query_maps: list[torch.Tensor]):
+        """The map of queries after the stages, in parts as before, and the context's bias table."""
+        return context(query_maps)
+
+    def _join_context(self, attn, output, query_map, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
+        """Mean of the local branch's output and that of the context branch, `(B, n, w*w, C)`."""
+        query = rearrange(query_map, "b (r h) (c w) d -> b (r c) (h w) d", **geometry.sides(attn.window_size))
+        return multiply(add(output, self._attend(attn, query, key, value, bias_table, geometry)), 0.5)
 
     def _attend(self, attn, query, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
         """Attention in each window, `(B, n, w*w, C)`."""

@@ -1,17 +1,28 @@
-"""Triton and CUDA kernels for the self-attention of LocalDiT (extra `triton`)."""
+"""Kernels for the self-attention of LocalDiT: Triton and CUDA (extra `triton`), and on CPUs C++."""
 
+from .cpu_processor import (
+    LocalDiTCPUAttnProcessor,
+    install_cpu_kernels,
+    uninstall_cpu_kernels,
+    why_not_cpu_kernels,
+)
 from .processor import (
     LocalDiTTritonAttnProcessor,
     install_triton_kernels,
     uninstall_triton_kernels,
     why_not_triton,
 )
-from .trial import try_triton_kernels
+from .trial import try_cpu_kernels, try_triton_kernels
 
 __all__ = [
+    "LocalDiTCPUAttnProcessor",
     "LocalDiTTritonAttnProcessor",
+    "install_cpu_kernels",
     "install_triton_kernels",
+    "try_cpu_kernels",
     "try_triton_kernels",
+    "uninstall_cpu_kernels",
     "uninstall_triton_kernels",
+    "why_not_cpu_kernels",
     "why_not_triton",
 ]

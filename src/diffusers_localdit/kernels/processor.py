@@ -33,13 +33,10 @@ def why_not_triton(transformer: LocalDiTTransformer2DModel, device: torch.device
     Returns:
         `str` or `None`: The reason in a sentence, or `None` if the kernels can serve.
     """
-    config = transformer.config
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: `pip install 'diffusers-localdit[triton]'` (Linux)."
-    if config.window_size not in WINDOW_SIZES:
-        return f"The kernels take windows of 2 to 16 tokens a side, not {config.window_size}."
-    if config.attention_head_dim not in HEAD_DIMS:
-        return f"The kernels take heads of 8 to 128 channels, not {config.attention_head_dim}."
+    if (reason := why_not_sizes(transformer)) is not None:
+        return reason
     for processor in transformer.attn_processors.values():
         if getattr(processor, "_parallel_config", None) is not None:
             return "The kernels cannot share a sequence between devices: context parallelism is on."
@@ -50,6 +47,16 @@ def why_not_triton(transformer: LocalDiTTransformer2DModel, device: torch.device
             )
     weight = next(transformer.transformer_blocks.parameters())
     return why_not_there(device or weight.device, weight.dtype)
+
+
+def why_not_sizes(transformer: LocalDiTTransformer2DModel) -> str | None:
+    """Why the kernels cannot serve windows and heads of these sizes, if they cannot."""
+    config = transformer.config
+    if config.window_size not in WINDOW_SIZES:
+        return f"The kernels take windows of 2 to 16 tokens a side, not {config.window_size}."
+    if config.attention_head_dim not in HEAD_DIMS:
+        return f"The kernels take heads of 8 to 128 channels, not {config.attention_head_dim}."
+    return None
 
 
 def why_not_there(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -13,9 +13,11 @@ from ..transformer_localdit import (
     rotary_table,
     window_geometry,
 )
+from .cpu_processor import LocalDiTCPUAttnProcessor, why_not_cpu_kernels
 from .processor import LocalDiTTritonAttnProcessor, why_not_triton
 
-TOLERANCE = 5e-2  # several times what half precision makes of two ways to compute the same
+# Several times what each makes of two ways to compute the same.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def try_triton_kernels(
@@ -37,21 +39,47 @@ def try_triton_kernels(
     """
     if (reason := why_not_triton(transformer, device)) is not None:
         return reason
+    return try_kernels(transformer, LocalDiTTritonAttnProcessor, device, dtype, training)
+
+
+def try_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> str | None:
+    r"""
+    Computes the self-attention of a transformer with the CPU kernels from now on, if they compile on this machine and
+    agree with PyTorch, as [`try_triton_kernels`] does.
+
+    Args:
+        transformer ([`LocalDiTTransformer2DModel`]): The transformer, on the CPU and in the dtype it will run in.
+
+    Returns:
+        `str`, *optional*: Why PyTorch computes the self-attention as before, or `None` if the kernels do.
+    """
+    if (reason := why_not_cpu_kernels(transformer)) is not None:
+        return reason
+    return try_kernels(transformer, LocalDiTCPUAttnProcessor, transformer.device, transformer.dtype)
+
+
+def try_kernels(
+    transformer: LocalDiTTransformer2DModel,
+    processor_class: type,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool = False,
+) -> str | None:
     for block in transformer.transformer_blocks:
         if type(block.attn.processor) is not LocalDiTWindowAttnProcessor:
             return f"A {type(block.attn.processor).__name__} computes it, and is left in its place."
     attn = copy.deepcopy(transformer.transformer_blocks[0].attn).to(device)
     results = []
     try:
-        for processor_class in (LocalDiTWindowAttnProcessor, LocalDiTTritonAttnProcessor):
-            attn.set_processor(processor_class())
+        for each in (LocalDiTWindowAttnProcessor, processor_class):
+            attn.set_processor(each())
             results.append(attend(attn, transformer.config.use_rope, dtype, training))
-    except Exception as error:  # whatever Triton, compilers and the driver raise
+    except Exception as error:  # whatever compilers, Triton and the driver raise
         return f"The kernels do not run here: {one_line(error)}"
     for expected, actual in zip(*results):
-        if not (actual - expected).norm() <= TOLERANCE * expected.norm():
+        if not (actual - expected).norm() <= TOLERANCE[dtype] * expected.norm():
             return "The kernels give other numbers than PyTorch here."
-    transformer.set_attn_processor(LocalDiTTritonAttnProcessor())
+    transformer.set_attn_processor(processor_class())
     return None
 
 
