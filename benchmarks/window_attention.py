@@ -26,6 +26,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 
 from diffusers_localdit.kernels import reference
+from diffusers_localdit.kernels.cpu_processor import why_not_cpu
 from diffusers_localdit.kernels.processor import why_not_there
 from diffusers_localdit.transformer_localdit import (
     apply_rotary,
@@ -118,6 +119,24 @@ def kernels(problem: Problem):
     return attend
 
 
+def cpu(problem: Problem):
+    """What `install_cpu_kernels` uses, on windows that are gathered and put back by index."""
+    from diffusers_localdit.kernels import cpu
+
+    p, geometry = problem, problem.geometry
+
+    def attend(query, key, value):
+        places = geometry.window_to_token
+        query, key, value = (
+            x.index_select(1, places.flatten()).unflatten(1, places.shape) for x in (query, key, value)
+        )  # (B, n, w*w, C)
+        weights = (p.norm_q, p.norm_k, p.bias_table)
+        cpu.local_window_attention_(query, key, value, *weights, geometry, EPS, 1.0, with_maps=False)
+        return value.flatten(1, 2).index_select(1, geometry.token_to_window)
+
+    return attend
+
+
 def flex(problem: Problem):
     """FlexAttention over all tokens, with a block mask that keeps windows apart and a bias by relative position."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -164,12 +183,21 @@ def natten(problem: Problem):
     return attend
 
 
-CONTENDERS = {"kernels": kernels, "sdpa": sdpa, "sdpa-compiled": sdpa, "plain": plain, "flex": flex, "natten": natten}
+CONTENDERS = {
+    "kernels": kernels,
+    "cpu": cpu,
+    "sdpa": sdpa,
+    "sdpa-compiled": sdpa,
+    "plain": plain,
+    "flex": flex,
+    "natten": natten,
+}
 
 
 def modes(name: str, problem: Problem) -> tuple[str, ...]:
-    """FlexAttention has no backward pass on a CPU."""
-    return ("forward",) if name == "flex" and problem.device.type == "cpu" else ("forward", "backward")
+    """FlexAttention has no backward pass on a CPU, and the CPU kernels have none at all."""
+    for_inference = name == "cpu" or (name == "flex" and problem.device.type == "cpu")
+    return ("forward",) if for_inference else ("forward", "backward")
 
 
 def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
@@ -179,6 +207,10 @@ def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed."
         return why_not_there(problem.device, problem.dtype)
+    if name == "cpu":
+        if problem.device.type != "cpu":
+            return "It is for CPUs."
+        return why_not_cpu(problem.dtype)
     if name == "flex" and padded:
         return "Padding tokens, which take part, are not among the tokens that it sees."
     if name == "natten" and importlib.util.find_spec("natten") is None:

@@ -175,7 +175,7 @@ class PackedLinear(FrozenLinear):
         )
 
     def add_to(self, other: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`other` plus what the layer gives, which is not rounded before."""
+        """`other` plus what the layer gives, rounded once."""
         self.check(hidden_states)
         return torch.ops.mkldnn._linear_pointwise.binary(hidden_states, other, self.packed_weight, self.bias, "add")
 

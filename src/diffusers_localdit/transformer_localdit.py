@@ -283,6 +283,13 @@ def multiply(x: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
     return x.mul_(factor) if may_overwrite(x, factor) else x * factor
 
 
+def add_product(linear: nn.Module, tokens: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`linear(tokens) + other`, in one step by a linear that has one for it, as packed ones have."""
+    if hasattr(linear, "add_to") and is_untouched(linear):
+        return linear.add_to(other, tokens)
+    return add(linear(tokens), other)
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """A copy of `x` if it is in half precision, else `x` itself: steps are then computed in it, and rounded once."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -608,9 +615,15 @@ class GlobalContextQueryStage(nn.Module):
         features = [self.features(query_maps, i) for i in range(len(query_maps))]
         rows = sum(part.shape[1] for part in features)
         mean = sum(part.mean(dim=(1, 2)) * (part.shape[1] / rows) for part in features)  # (B, C)
+        return self.joined(features, mean, query_maps)
+
+    def joined(
+        self, features: list[torch.Tensor], mean: torch.Tensor, query_maps: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The map and its excited features, in whose place it may lie; `mean` is that of the features, `(B, C)`."""
         gate = self.gate(mean)[:, None, None]  # (B, 1, 1, C)
         for i, query in enumerate(query_maps):
-            features[i] = add(self.pointwise(multiply(features[i], gate)), query)
+            features[i] = add_product(self.pointwise, multiply(features[i], gate), query)
         return features
 
     def features(self, query_maps: list[torch.Tensor], index: int) -> torch.Tensor:

@@ -5,18 +5,14 @@ import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch.autograd import forward_ad
 
-from ..packed_linear import PackedLinear
 from ..transformer_localdit import (
-    GlobalContextQueryStage,
     LocalDiTGlobalContext,
     LocalDiTTransformer2DModel,
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     WindowGeometry,
-    add,
     is_function_mode_on,
     is_untouched,
-    multiply,
     saves_passes,
 )
 from . import cpu
@@ -39,8 +35,13 @@ def why_not_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> str | None:
     weight = next(transformer.transformer_blocks.parameters())
     if weight.device.type != "cpu":
         return f"The kernels run on the CPU, but the transformer is on {weight.device.type!r}."
-    if transformer.dtype not in cpu.DTYPES:
-        return f"The kernels compute in float32 and bfloat16, not in {transformer.dtype}."
+    return why_not_cpu(transformer.dtype)
+
+
+def why_not_cpu(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on this machine and in a dtype, if they cannot."""
+    if dtype not in cpu.DTYPES:
+        return f"The kernels compute in float32 and bfloat16, not in {dtype}."
     try:
         cpu.load_library()
     except OSError as error:
@@ -84,17 +85,13 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
         return query_map, key, value
 
     def _query_context(self, context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]):
+        places = sum(part.shape[1] * part.shape[2] for part in query_maps)
         for stage in context.query_stages:
-            query_maps = self._query_stage(stage, query_maps)
+            weight, parts = stage.depthwise.weight, range(len(query_maps))
+            features, sums = map(list, zip(*(cpu.depthwise_gelu(query_maps, i, weight) for i in parts)))
+            mean = (sum(sums) / places).to(query_maps[0].dtype)  # (B, C)
+            query_maps = stage.joined(features, mean, query_maps)
         return query_maps, context.rel_pos_bias
-
-    def _query_stage(self, stage: GlobalContextQueryStage, query_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        features, sums = zip(
-            *(cpu.depthwise_gelu(query_maps, i, stage.depthwise.weight) for i in range(len(query_maps)))
-        )
-        mean = sum(sums) / sum(part.shape[1] * part.shape[2] for part in query_maps)  # (B, C)
-        gate = stage.gate(mean.to(query_maps[0].dtype))[:, None, None]  # (B, 1, 1, C)
-        return [add_product(stage.pointwise, multiply(part, gate), query) for part, query in zip(features, query_maps)]
 
     def _join_context(self, attn, output, query_map, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
         query_map, key, value = (x.contiguous() for x in (query_map, key, value))
@@ -120,13 +117,6 @@ def serves(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> bool:
     if context is not None:
         read += [context, *context.query_stages, *(stage.depthwise for stage in context.query_stages)]
     return all(is_untouched(module) for module in read) and attn.norm_q.weight.device == tokens.device
-
-
-def add_product(linear: torch.nn.Module, tokens: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`linear(tokens) + other`, in the product itself if the linear is packed."""
-    if type(linear) is PackedLinear and is_untouched(linear):
-        return linear.add_to(other, tokens)
-    return add(linear(tokens), other)
 
 
 def install_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> None:
