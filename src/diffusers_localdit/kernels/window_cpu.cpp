@@ -17,6 +17,7 @@
 #include <vector>
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
@@ -34,6 +35,20 @@ static int padded(int length) { return (length + LANES - 1) / LANES * LANES; }
 
 // Numbers in memory
 
+static inline Vec widened(Halves bits) {
+#ifdef __AVX512F__
+    return (Vec)((Words)_mm512_cvtepu16_epi32((__m256i)bits) << 16);  // GCC makes two halves of what is below
+#else
+    return (Vec)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
+
+static inline Halves rounded(Vec x) {
+    Words bits = (Words)x, nearest = bits + 0x7fff + (bits >> 16 & 1);  // ties to even
+    Words nan = (Words)(x != x);
+    return __builtin_convertvector(((nan & 0x7fc00000) | (~nan & nearest)) >> 16, Halves);
+}
+
 static inline Vec load(const float* from) {
     Vec x;
     memcpy(&x, from, sizeof x);
@@ -43,19 +58,32 @@ static inline Vec load(const float* from) {
 static inline Vec load(const bfloat16* from) {
     Halves bits;
     memcpy(&bits, from, sizeof bits);
-    return (Vec)(__builtin_convertvector(bits, Words) << 16);
+    return widened(bits);
 }
 
 static inline void store(float* to, Vec x) { memcpy(to, &x, sizeof x); }
 
 static inline void store(bfloat16* to, Vec x) {
-    Words bits = (Words)x, nearest = bits + 0x7fff + (bits >> 16 & 1);  // ties to even
-    Words nan = (Words)(x != x);
-    Halves halves = __builtin_convertvector(((nan & 0x7fc00000) | (~nan & nearest)) >> 16, Halves);
-    memcpy(to, &halves, sizeof halves);
+    Halves bits = rounded(x);
+    memcpy(to, &bits, sizeof bits);
 }
 
 // The first `count` lanes; others are read as zeros and not written.
+#ifdef __AVX512F__
+static inline __mmask16 lanes_before(int count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
+
+static inline Vec load(const float* from, int count) { return (Vec)_mm512_maskz_loadu_ps(lanes_before(count), from); }
+
+static inline Vec load(const bfloat16* from, int count) {
+    return widened((Halves)_mm256_maskz_loadu_epi16(lanes_before(count), from));
+}
+
+static inline void store(float* to, Vec x, int count) { _mm512_mask_storeu_ps(to, lanes_before(count), (__m512)x); }
+
+static inline void store(bfloat16* to, Vec x, int count) {
+    _mm256_mask_storeu_epi16(to, lanes_before(count), (__m256i)rounded(x));
+}
+#else
 template <class T> static inline Vec load(const T* from, int count) {
     if (count >= LANES) return load(from);
     T numbers[LANES] = {};
@@ -69,6 +97,7 @@ template <class T> static inline void store(T* to, Vec x, int count) {
     store(numbers, x);
     memcpy(to, numbers, count * sizeof(T));
 }
+#endif
 
 template <class T> static inline void fetch(const T* from, int count) {
     for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
