@@ -297,7 +297,7 @@ class TestWhomTheyLeaveItTo:
     @torch.no_grad()
     def test_an_attention_backend(self, calls):
         def compute(model):
-            model.set_attention_backend("_native_math")
+            model.set_attention_backend("native")  # sets it for the whole process: that of before
             return model(**random_inputs()).sample
 
         self.check(calls, compute)
