@@ -207,6 +207,19 @@ def test_gelu_of_the_features(library):
 
 
 @torch.no_grad()
+def test_rounding_to_bfloat16(library):
+    """To the nearest, of two as near to the even one; NaN stays NaN, whatever its other bits are."""
+    numbers, weight = torch.arange(64, 256, 0.5).bfloat16(), torch.zeros(1, 1, 3, 3)
+    weight[..., 1, 1] = 1 + 2**-8  # of 64 it makes 64.25, and there are 64 and 64.5
+    maps = [numbers.reshape(1, 1, -1, 1)]
+    assert torch.equal(
+        cpu.depthwise_gelu(maps, 0, weight)[0].flatten(), (numbers.float() * weight[0, 0, 1, 1]).bfloat16()
+    )
+    weight[..., 1, 1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    assert cpu.depthwise_gelu(maps, 0, weight)[0].isnan().all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
 def test_numbers_that_are_none_show(library, dtype):
     """NaN reaches what depends on it and nothing else: its window, and with the context all."""
