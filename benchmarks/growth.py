@@ -27,6 +27,7 @@ from transformer import (
     timed,
 )
 
+from diffusers_localdit.kernels.cpu_processor import why_not_cpu
 from diffusers_localdit.packed_linear import why_not_packed
 
 MODELS = [f"{kind}-{branch}" for kind in ("localdit", "packed", "cpu") for branch in ("global", "folded")]
@@ -82,6 +83,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.runs < 2:
         parser.error("quartiles want at least 2 runs")
+    kernels = any(name.startswith("cpu") for name in arguments.models)
+    if kernels and (reason := why_not_cpu(CPU, torch.float32)):
+        parser.error(reason)
     packed = any(name.startswith("packed") for name in arguments.models)
     if packed and (reason := why_not_packed(CPU, torch.float32)):
         parser.error(reason)

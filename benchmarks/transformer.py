@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.kernels.cpu_processor import why_not_cpu
 from diffusers_localdit.packed_linear import TOKENS, PackedLinear, pack_linears, why_not_packed
 from diffusers_localdit.training.models import compile_blocks
 from diffusers_localdit.transformer_localdit import without_padding
@@ -464,7 +465,10 @@ def parse_args() -> argparse.Namespace:
     packed = any(name.startswith("packed") for name in args.models)
     if packed and (reason := why_not_packed(args.device, args.dtype)):
         parser.error(reason)
-    for_inference = packed or any(name.startswith("cpu") for name in args.models)
+    kernels = any(name.startswith("cpu") for name in args.models)
+    if kernels and (reason := why_not_cpu(args.device, args.dtype)):
+        parser.error(reason)
+    for_inference = packed or kernels
     if for_inference and ("training" in args.modes or args.compile):
         parser.error("packed weights and CPU kernels are for inference: give --modes forward, and no --compile")
     args.runs = args.runs or (20 if on_gpu else 5)

@@ -208,9 +208,7 @@ def why_not(name: str, problem: Problem, has_bias: bool) -> str | None:
             return "Triton is not installed."
         return why_not_there(problem.device, problem.dtype)
     if name == "cpu":
-        if problem.device.type != "cpu":
-            return "It is for CPUs."
-        return why_not_cpu(problem.dtype)
+        return why_not_cpu(problem.device, problem.dtype)
     if name == "flex" and padded:
         return "Padding tokens, which take part, are not among the tokens that it sees."
     if name == "natten" and importlib.util.find_spec("natten") is None:

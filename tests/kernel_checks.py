@@ -34,7 +34,7 @@ from diffusers_localdit.kernels import (
     query_gate,
     reference,
     try_triton_kernels,
-    uninstall_triton_kernels,
+    uninstall_kernels,
     why_not_triton,
     window4,
     window_attention,
@@ -602,7 +602,7 @@ def test_install_and_uninstall():
     install_triton_kernels(model)
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(copied.transformer_blocks[0].attn.processor, LocalDiTTritonAttnProcessor)
-    uninstall_triton_kernels(model)
+    uninstall_kernels(model)
     assert {name: type(processor) for name, processor in model.attn_processors.items()} == processors
 
 
@@ -706,7 +706,7 @@ def test_a_call_in_an_unfit_dtype_is_refused():
     model = tiny_transformer(num_layers=1).to(DEVICE)
     install_triton_kernels(model)
     inputs = map_tensors(lambda x: x.to(DEVICE, torch.float64), random_inputs())
-    with pytest.raises(RuntimeError, match="uninstall_triton_kernels"):
+    with pytest.raises(RuntimeError, match="uninstall_kernels"):
         model.double()(**inputs)
 
 

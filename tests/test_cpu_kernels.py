@@ -19,6 +19,7 @@ from guarded_memory import GuardedCalls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from own_process import python
+from peft import LoraConfig
 from test_golden import FORWARD_CASES, load_case
 from torch.autograd import forward_ad
 from transformer_inputs import in_dtype, random_inputs, relative_error, tiny_transformer
@@ -29,11 +30,12 @@ from diffusers_localdit.kernels import (
     cpu,
     install_cpu_kernels,
     try_cpu_kernels,
-    uninstall_cpu_kernels,
+    uninstall_kernels,
     why_not_cpu_kernels,
 )
 from diffusers_localdit.packed_linear import pack_linears, why_not_packed
 from diffusers_localdit.transformer_localdit import (
+    LocalDiTRMSNorm,
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     rotary_table,
@@ -166,19 +168,15 @@ for at_end, place in ((True, 40), (False, -1)):
         assert process.stdout.split()[-1] == str(at_end)
 
 
-def test_the_number_of_threads_changes_nothing(library):
+@torch.no_grad()
+def test_the_number_of_threads_changes_nothing(library, monkeypatch):
+    """To the bit. Of the kernels' threads: PyTorch's products have as many as before."""
     attn, geometry = random_attention(), window_geometry(24, 20, 4, 1, (None, None), CPU)
-    attn.set_processor(LocalDiTCPUAttnProcessor())
-    tokens, outputs, threads = torch.randn(1, 480, 24), [], torch.get_num_threads()
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            with torch.no_grad():
-                attn.set_processor(LocalDiTCPUAttnProcessor())
-                outputs.append(attn.processor(attn, tokens, geometry))
-    finally:
-        torch.set_num_threads(threads)
-    assert relative_error(*outputs) < 1e-6
+    tokens, outputs = torch.randn(1, 480, 24), []
+    for number in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        outputs.append(LocalDiTCPUAttnProcessor()(attn, tokens, geometry))
+    assert torch.equal(*outputs)
 
 
 @torch.no_grad()
@@ -347,6 +345,29 @@ class TestWhomTheyLeaveItTo:
         self.check(calls, compute)
 
     @torch.no_grad()
+    def test_adapters_in_the_place_of_what_they_read(self, calls):
+        """LoRA on the convolutions, and norms that were trained besides: neither is a hook."""
+
+        def compute(model):
+            lora = {"r": 24, "target_modules": ["depthwise"], "init_lora_weights": False}
+            torch.manual_seed(1)
+            model.add_adapter(LoraConfig(**lora))
+            return model(**random_inputs()).sample
+
+        self.check(calls, compute)
+
+        class Norm(LocalDiTRMSNorm):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        def compute(model):
+            for block in model.transformer_blocks:
+                block.attn.norm_q.__class__ = Norm
+            return model(**random_inputs()).sample
+
+        self.check(calls, compute)
+
+    @torch.no_grad()
     def test_derivatives_in_forward_mode(self, calls):
         attn, geometry = random_attention(), window_geometry(4, 8, 4, 1, (None, None), CPU)
         tokens, direction = torch.randn(2, 1, 32, 24)
@@ -402,7 +423,7 @@ class TestInstallation:
         install_cpu_kernels(model)
         for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert isinstance(copied.transformer_blocks[0].attn.processor, LocalDiTCPUAttnProcessor)
-        uninstall_cpu_kernels(model)
+        uninstall_kernels(model)
         assert {name: type(processor) for name, processor in model.attn_processors.items()} == processors
 
     @pytest.mark.parametrize(
@@ -411,7 +432,7 @@ class TestInstallation:
             (lambda: tiny_transformer(window_size=17), "windows of 2 to 16 tokens a side, not 17"),
             (lambda: tiny_transformer(attention_head_dim=132), "heads of 8 to 128 channels, not 132"),
             (lambda: tiny_transformer().half(), "in float32 and bfloat16, not in torch.float16"),
-            (lambda: tiny_transformer().to("meta"), "on the CPU, but the transformer is on 'meta'"),
+            (lambda: tiny_transformer().to("meta"), "run on the CPU, not on 'meta'"),
         ],
     )
     def test_there_is_a_reason(self, make, reason):
@@ -421,6 +442,14 @@ class TestInstallation:
         with pytest.raises(RuntimeError, match=reason):
             install_cpu_kernels(model)
         assert type(model.transformer_blocks[0].attn.processor) is LocalDiTWindowAttnProcessor
+
+    def test_a_backend_that_was_asked_for_stays(self):
+        model = tiny_transformer(num_layers=1)
+        model.set_attention_backend("native")
+        assert "reset_attention_backend" in why_not_cpu_kernels(model)
+        assert "reset_attention_backend" in try_cpu_kernels(model)
+        model.reset_attention_backend()
+        assert why_not_cpu_kernels(model) is None
 
     @pytest.mark.parametrize("changes", [{"avx2": False}, {"fma3": False}])
     def test_an_old_processor(self, changes, monkeypatch):

@@ -3,13 +3,12 @@
 from .cpu_processor import (
     LocalDiTCPUAttnProcessor,
     install_cpu_kernels,
-    uninstall_cpu_kernels,
     why_not_cpu_kernels,
 )
 from .processor import (
     LocalDiTTritonAttnProcessor,
     install_triton_kernels,
-    uninstall_triton_kernels,
+    uninstall_kernels,
     why_not_triton,
 )
 from .trial import try_cpu_kernels, try_triton_kernels
@@ -21,8 +20,7 @@ __all__ = [
     "install_triton_kernels",
     "try_cpu_kernels",
     "try_triton_kernels",
-    "uninstall_cpu_kernels",
-    "uninstall_triton_kernels",
+    "uninstall_kernels",
     "why_not_cpu_kernels",
     "why_not_triton",
 ]

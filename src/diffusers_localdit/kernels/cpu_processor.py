@@ -6,7 +6,9 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch.autograd import forward_ad
 
 from ..transformer_localdit import (
+    GlobalContextQueryStage,
     LocalDiTGlobalContext,
+    LocalDiTRMSNorm,
     LocalDiTTransformer2DModel,
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
@@ -16,7 +18,10 @@ from ..transformer_localdit import (
     saves_passes,
 )
 from . import cpu
-from .processor import share_of_branch, why_not_sizes
+from .processor import share_of_branch, why_not_model
+
+# Of modules that the kernels compute without calling them. Adapters put others in their places.
+KINDS = (LocalDiTRMSNorm, LocalDiTGlobalContext, GlobalContextQueryStage, torch.nn.Conv2d)
 
 
 def why_not_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> str | None:
@@ -30,16 +35,15 @@ def why_not_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> str | None:
     Returns:
         `str` or `None`: The reason in a sentence, or `None` if the kernels can serve.
     """
-    if (reason := why_not_sizes(transformer)) is not None:
+    if (reason := why_not_model(transformer)) is not None:
         return reason
-    weight = next(transformer.transformer_blocks.parameters())
-    if weight.device.type != "cpu":
-        return f"The kernels run on the CPU, but the transformer is on {weight.device.type!r}."
-    return why_not_cpu(transformer.dtype)
+    return why_not_cpu(next(transformer.transformer_blocks.parameters()).device, transformer.dtype)
 
 
-def why_not_cpu(dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on this machine and in a dtype, if they cannot."""
+def why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on a device of this machine and in a dtype, if they cannot."""
+    if device.type != "cpu":
+        return f"The kernels run on the CPU, not on {device.type!r}."
     if dtype not in cpu.DTYPES:
         return f"The kernels compute in float32 and bfloat16, not in {dtype}."
     try:
@@ -54,7 +58,7 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
     Shifted-window attention with an optional global-context branch on a CPU, each branch in one kernel, and so are the
     convolutions of the context's queries. Computes what [`LocalDiTWindowAttnProcessor`] computes, and leaves to it
     what they are not made for: gradients, compilation, autocast, other dtypes, another attention backend, and modules
-    with hooks that the kernels would not call.
+    with hooks or adapters that the kernels would not call.
 
     Install it with [`install_cpu_kernels`].
     """
@@ -116,7 +120,8 @@ def serves(attn: LocalDiTWindowAttention, tokens: torch.Tensor) -> bool:
     read = [attn.norm_q, attn.norm_k]
     if context is not None:
         read += [context, *context.query_stages, *(stage.depthwise for stage in context.query_stages)]
-    return all(is_untouched(module) for module in read) and attn.norm_q.weight.device == tokens.device
+    there = attn.norm_q.weight.device == tokens.device
+    return there and all(type(module) in KINDS and is_untouched(module) for module in read)
 
 
 def install_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> None:
@@ -132,13 +137,3 @@ def install_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> None:
     if (reason := why_not_cpu_kernels(transformer)) is not None:
         raise RuntimeError(f"The CPU kernels cannot serve this transformer. {reason}")
     transformer.set_attn_processor(LocalDiTCPUAttnProcessor())
-
-
-def uninstall_cpu_kernels(transformer: LocalDiTTransformer2DModel) -> None:
-    r"""
-    Computes the self-attention of a transformer with PyTorch again.
-
-    Args:
-        transformer ([`LocalDiTTransformer2DModel`]): The transformer.
-    """
-    transformer.set_attn_processor(LocalDiTWindowAttnProcessor())

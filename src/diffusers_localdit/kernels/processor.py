@@ -35,8 +35,19 @@ def why_not_triton(transformer: LocalDiTTransformer2DModel, device: torch.device
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: `pip install 'diffusers-localdit[triton]'` (Linux)."
-    if (reason := why_not_sizes(transformer)) is not None:
+    if (reason := why_not_model(transformer)) is not None:
         return reason
+    weight = next(transformer.transformer_blocks.parameters())
+    return why_not_there(device or weight.device, weight.dtype)
+
+
+def why_not_model(transformer: LocalDiTTransformer2DModel) -> str | None:
+    """Why no kernels can serve a transformer of these sizes and with these processors, if they cannot."""
+    config = transformer.config
+    if config.window_size not in WINDOW_SIZES:
+        return f"The kernels take windows of 2 to 16 tokens a side, not {config.window_size}."
+    if config.attention_head_dim not in HEAD_DIMS:
+        return f"The kernels take heads of 8 to 128 channels, not {config.attention_head_dim}."
     for processor in transformer.attn_processors.values():
         if getattr(processor, "_parallel_config", None) is not None:
             return "The kernels cannot share a sequence between devices: context parallelism is on."
@@ -45,17 +56,6 @@ def why_not_triton(transformer: LocalDiTTransformer2DModel, device: torch.device
                 f"The attention backend {str(processor._attention_backend.value)!r} was asked for; call "
                 "`transformer.reset_attention_backend()` to let the kernels take its place."
             )
-    weight = next(transformer.transformer_blocks.parameters())
-    return why_not_there(device or weight.device, weight.dtype)
-
-
-def why_not_sizes(transformer: LocalDiTTransformer2DModel) -> str | None:
-    """Why the kernels cannot serve windows and heads of these sizes, if they cannot."""
-    config = transformer.config
-    if config.window_size not in WINDOW_SIZES:
-        return f"The kernels take windows of 2 to 16 tokens a side, not {config.window_size}."
-    if config.attention_head_dim not in HEAD_DIMS:
-        return f"The kernels take heads of 8 to 128 channels, not {config.attention_head_dim}."
     return None
 
 
@@ -151,7 +151,7 @@ class LocalDiTTritonAttnProcessor:
         """Output `(B, L, C)` of the local branch, and for the context queries and keys on the map `(B, Hp, Wp, C)`."""
         query = projected[0]
         if not torch.compiler.is_compiling() and (reason := why_not_call(attn, query)) is not None:
-            raise RuntimeError(f"{reason} `uninstall_triton_kernels` restores PyTorch's attention.")
+            raise RuntimeError(f"{reason} `uninstall_kernels` restores PyTorch's attention.")
         arguments = (
             *projected,
             attn.norm_q.weight,
@@ -204,7 +204,7 @@ def install_triton_kernels(transformer: LocalDiTTransformer2DModel) -> None:
     transformer.set_attn_processor(LocalDiTTritonAttnProcessor())
 
 
-def uninstall_triton_kernels(transformer: LocalDiTTransformer2DModel) -> None:
+def uninstall_kernels(transformer: LocalDiTTransformer2DModel) -> None:
     r"""
     Computes the self-attention of a transformer with PyTorch again.
 

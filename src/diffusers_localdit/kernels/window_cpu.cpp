@@ -114,7 +114,7 @@ static inline Vec square_root(Vec x) {
 }
 
 // e^x for x <= 0, as 2^k e^r with |r| <= ln(2) / 2 and the Taylor series of e^r, whose rest is 5e-9. Zero where it would
-// be less than the smallest normal number: from such numbers processors compute a hundred times as slowly.
+// be less than the smallest normal number: from such numbers processors compute many times as slowly.
 static inline Vec exponential(Vec x) {
     constexpr float ROUNDS = 3 << 22;  // of a sum with it only the integer part stays
     Vec k = (larger(x, Vec{} - 87) * 1.44269504f + ROUNDS) - ROUNDS;
