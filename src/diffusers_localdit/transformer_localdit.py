@@ -477,6 +477,23 @@ def text_attention(
     return attention(processor, query, key, value, bias).unflatten(0, (-1, parts)).flatten(1, 2)
 
 
+def pad_keys(
+    key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Keys and values `(B, T, heads, head_dim)` and the bias `(B, 1, 1, T)` for `attention` on a CPU, with as many keys
+    more, of no weight, as make whole vectors of a query's scores: the last numbers of a row, which PyTorch's kernel
+    takes one by one, can take as long as all others.
+    """
+    length = key.shape[1]
+    padding = -length % (16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8)
+    if padding == 0:
+        return key, value, bias
+    bias = key.new_zeros(1, 1, 1, length) if bias is None else bias
+    key, value = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (key, value))
+    return key, value, F.pad(bias, (0, padding), value=-torch.inf)
+
+
 class LocalDiTWindowAttnProcessor:
     r"""
     Shifted-window attention with an optional global-context branch, through `scaled_dot_product_attention` (or the
@@ -580,20 +597,21 @@ class LocalDiTCrossAttnProcessor:
         step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
         batch_size = encoder_hidden_states.shape[0]
-        key, value = once(step_cache, (attn, batch_size), lambda: self._project_text(attn, encoder_hidden_states))
+        pads = saves_passes(hidden_states) and self._attention_backend is None and not is_function_mode_on()
+
+        def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            key, value = (x.unflatten(-1, (attn.heads, -1)) for x in attn.project_text(encoder_hidden_states))
+            key = attn.norm_k(key)  # (B, T, heads, head_dim)
+            return pad_keys(key, value, attention_mask) if pads else (key, value, attention_mask)
+
+        key, value, bias = once(step_cache, (attn, batch_size), text)
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             query = attn.norm_q(attn.to_q(tokens).unflatten(-1, (attn.heads, -1)))  # (B, L, heads, head_dim)
-            output = text_attention(self, query, key, value, attention_mask)
+            output = text_attention(self, query, key, value, bias)
             return attn.to_out[0](output.flatten(2))
 
         return slab_by_slab(attend, hidden_states)
-
-    @staticmethod
-    def _project_text(attn, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value `(B, T, heads, head_dim)`."""
-        key, value = (x.unflatten(-1, (attn.heads, -1)) for x in attn.project_text(encoder_hidden_states))
-        return attn.norm_k(key), value
 
 
 class GlobalContextQueryStage(nn.Module):
@@ -751,8 +769,18 @@ class LocalDiTCrossAttention(LocalDiTAttention):
 
 
 def modulate(norm: nn.Module, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """norm(h) * (1 + scale) + shift."""
-    return slab_by_slab(lambda tokens: torch.addcmul(shift, norm(tokens), 1 + scale), hidden_states)
+    """norm(h) * (1 + scale) + shift, of a norm without weights, for which these may be the norm's: `(B, 1, C)`."""
+    same = hidden_states.dtype == shift.dtype == scale.dtype
+    if not saves_passes(hidden_states) or type(norm) is not nn.LayerNorm or not is_untouched(norm) or not same:
+        return slab_by_slab(lambda tokens: torch.addcmul(shift, norm(tokens), 1 + scale), hidden_states)
+    weights, biases = (1 + scale).squeeze(1), shift.squeeze(1)  # (B, C), or (1, C) for all samples
+
+    def normed(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
+
+    if weights.shape[0] == 1:
+        return normed(hidden_states, weights[0], biases[0])
+    return slab_by_slab(lambda tokens: torch.stack(list(map(normed, tokens, weights, biases))), hidden_states)
 
 
 def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
