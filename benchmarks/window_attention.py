@@ -120,19 +120,17 @@ def kernels(problem: Problem):
 
 
 def cpu(problem: Problem):
-    """What `install_cpu_kernels` uses, on windows that are gathered and put back by index."""
+    """What `install_cpu_kernels` uses."""
     from diffusers_localdit.kernels import cpu
+    from diffusers_localdit.kernels.bands import split_into_bands
 
-    p, geometry = problem, problem.geometry
+    p, [band] = problem, split_into_bands(problem.geometry, None)
 
     def attend(query, key, value):
-        places = geometry.window_to_token
-        query, key, value = (
-            x.index_select(1, places.flatten()).unflatten(1, places.shape) for x in (query, key, value)
-        )  # (B, n, w*w, C)
+        output = query.new_empty(p.shape)
         weights = (p.norm_q, p.norm_k, p.bias_table)
-        cpu.local_window_attention_(query, key, value, *weights, geometry, EPS, 1.0, with_maps=False)
-        return value.flatten(1, 2).index_select(1, geometry.token_to_window)
+        cpu.local_window_attention(query, key, value, *weights, band, EPS, 1.0, output, with_maps=False)
+        return output
 
     return attend
 

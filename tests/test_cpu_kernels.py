@@ -473,13 +473,13 @@ class TestTrial:
         assert {type(block.attn.processor) for block in model.transformer_blocks} == {LocalDiTCPUAttnProcessor}
         assert try_cpu_kernels(model) == "A LocalDiTCPUAttnProcessor computes it, and is left in its place."
 
-    @pytest.mark.parametrize("name", ["local_window_attention_", "add_context_window_attention_", "depthwise_gelu"])
+    @pytest.mark.parametrize("name", ["local_window_attention", "add_context_window_attention_", "depthwise_gelu"])
     def test_kernels_that_give_other_numbers_go(self, name, monkeypatch):
         function = getattr(cpu, name)
 
         def wrong(*arguments, **settings):
             result = function(*arguments, **settings)
-            written = {"local_window_attention_": 2, "add_context_window_attention_": 0}
+            written = {"local_window_attention": 9, "add_context_window_attention_": 0}
             (arguments[written[name]] if name in written else result[0]).mul_(1.1)
             return result
 

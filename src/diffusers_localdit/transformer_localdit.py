@@ -520,7 +520,7 @@ class LocalDiTWindowAttnProcessor:
                 keys.append(key)
 
         if context is not None:
-            query_maps, context_bias = self._query_context(context, query_maps)
+            query_maps, context_bias = context(query_maps)
             for i, (part, query_map, key) in enumerate(zip(parts, query_maps, keys)):
                 # Keys and values are both read from the rotated keys; padding (zeros) contributes the linear's bias.
                 key, value = context.to_k(key), context.to_v(key)
@@ -563,10 +563,6 @@ class LocalDiTWindowAttnProcessor:
         if attn.global_context is not None:
             query_map = rearrange(query, "b (r c) (h w) d -> b (r h) (c w) d", **geometry.sides(attn.window_size))
         return query_map, key, self._attend(attn, query, key, value, attn.rel_pos_bias, geometry)
-
-    def _query_context(self, context: "LocalDiTGlobalContext", query_maps: list[torch.Tensor]):
-        """The map of queries after the stages, in parts as before, and the context's bias table."""
-        return context(query_maps)
 
     def _join_context(self, attn, output, query_map, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
         """Mean of the local branch's output and that of the context branch, `(B, n, w*w, C)`."""

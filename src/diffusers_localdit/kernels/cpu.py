@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 
 from ..transformer_localdit import WindowGeometry
+from .bands import Band
 
 SOURCE = Path(__file__).with_name("window_cpu.cpp")
 COMPILER = "g++"  # whose OpenMP is that of PyTorch: with another one's threads they would wait for each other
@@ -40,9 +41,11 @@ class Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "query_map")),
+        *((name, ctypes.c_void_p) for name in ("key_of_padding", "value_of_padding")),
         *((name, ctypes.c_void_p) for name in ("norm_q", "norm_k", "bias", "mask", "cos", "sin")),
-        *((name, ctypes.c_void_p) for name in ("window_to_token", "padding")),
-        *((name, ctypes.c_int64) for name in ("batch", "windows", "across", "w", "heads", "d", "threads")),
+        *((name, ctypes.c_void_p) for name in ("window_to_token", "places")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "windows", "across", "w", "heads", "d", "threads")),
         *((name, ctypes.c_float) for name in ("eps", "share")),
     ]
 
@@ -112,15 +115,28 @@ def bias_of_keys(table: torch.Tensor, geometry: WindowGeometry) -> torch.Tensor:
     return F.pad(bias, (0, -bias.shape[2] % load_library().lanes())).contiguous()
 
 
-def attend(name: str, bias_table: torch.Tensor, geometry: WindowGeometry, settings: dict, **tensors) -> None:
-    batch_size, windows, members, channels = tensors["key"].shape
+def evenly_spaced(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens `(B, l, C)`, in a copy unless they follow each other at one distance, as parts of one projection do."""
+    even = tokens.stride(2) == 1 and (tokens.shape[0] == 1 or tokens.stride(0) == tokens.shape[1] * tokens.stride(1))
+    return tokens if even else tokens.contiguous()
+
+
+def attend(name: str, bias_table: torch.Tensor, band: Band, settings: dict, **tensors) -> None:
+    batch_size, length, channels = tensors["key"].shape
+    geometry = band.geometry
+    windows, members = band.places.shape
     tensors["bias"] = bias_of_keys(bias_table, geometry)
     tensors["mask"] = geometry.attention_mask.float()
-    w, heads = math.isqrt(members), bias_table.shape[1]
+    heads, w = bias_table.shape[1], math.isqrt(members)
     arguments = Attention(
         **{name: address(x) for name, x in tensors.items()},
         **settings,
+        query_stride=tensors["query"].stride(1),
+        key_stride=tensors["key"].stride(1),
+        value_stride=tensors["value"].stride(1),
+        places=address(band.places),
         batch=batch_size,
+        tokens=length,
         windows=windows,
         across=geometry.map_to_token.shape[1] // w,
         w=w,
@@ -131,55 +147,56 @@ def attend(name: str, bias_table: torch.Tensor, geometry: WindowGeometry, settin
     run(name, tensors["key"].dtype, arguments)
 
 
-def local_window_attention_(
+def local_window_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     norm_q: torch.Tensor,
     norm_k: torch.Tensor,
     bias_table: torch.Tensor,
-    geometry: WindowGeometry,
+    band: Band,
     eps: float,
     output_scale: float,
+    output: torch.Tensor,
     with_maps: bool,
 ) -> torch.Tensor | None:
     r"""
     Local branch of LocalDiT's self-attention: RMS norm of queries and keys, rotary embedding, position bias, region
-    mask and attention. The output is written over `value`.
+    mask and attention.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(B, n, w*w, C)`):
-            Projected tokens of the windows, contiguous, of one dtype, float32 or bfloat16.
+        query, key, value (`torch.Tensor` of shape `(B, l, C)`):
+            Projected tokens of the band, evenly spaced, of one dtype, float32 or bfloat16.
         norm_q, norm_k (`torch.Tensor` of shape `(head_dim,)`): Weights of the norms.
         bias_table (`torch.Tensor` of shape `((2w-1)^2, heads)`): Relative position bias.
-        geometry (`WindowGeometry`): Of these windows, whole rows of them; padding counts as zeros.
+        band (`Band`): Some rows of windows; padding counts as zeros.
         eps (`float`): Of the norms.
         output_scale (`float`): Factor of the output.
+        output (`torch.Tensor` of shape `(B, l, C)`): Where to write it, contiguous; may be `value`.
         with_maps (`bool`): Whether to write the prepared keys over `key`, for the context branch, and return queries.
 
     Returns:
-        `torch.Tensor` of shape `(B, rows, Wp, C)`, *optional*: The prepared queries on the map.
+        `torch.Tensor` of shape `(B, rows, Wp, C)`, *optional*: The prepared queries on the rolled map.
     """
-    batch_size, windows, members, channels = query.shape
+    geometry = band.geometry
     width = geometry.map_to_token.shape[1]
-    query_map = query.new_empty(batch_size, windows * members // width, width, channels) if with_maps else None
-    has_padding = geometry.map_to_token.numel() > geometry.token_to_window.numel()
+    map_shape = (query.shape[0], band.places.numel() // width, width, query.shape[2])
+    query_map = query.new_empty(map_shape) if with_maps else None
     attend(
         "local",
         bias_table,
-        geometry,
+        band,
         {"eps": eps, "share": output_scale},
         query=query,
         key=key,
         value=value,
-        output=value,
+        output=output,
         query_map=query_map,
         norm_q=norm_q.float(),
         norm_k=norm_k.float(),
         cos=geometry.rotary_cos,
         sin=geometry.rotary_sin,
         window_to_token=geometry.window_to_token,
-        padding=geometry.padding if has_padding else None,
     )
     return query_map
 
@@ -189,22 +206,27 @@ def add_context_window_attention_(
     query_map: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    key_of_padding: torch.Tensor | None,
+    value_of_padding: torch.Tensor | None,
     bias_table: torch.Tensor,
-    geometry: WindowGeometry,
+    band: Band,
     output_scale: float,
 ) -> None:
     r"""
     Adds the context branch of LocalDiT's self-attention, times `output_scale`, to `output`.
 
     Args:
-        output, key, value (`torch.Tensor` of shape `(B, n, w*w, C)`): As above; `output` is that of the local branch.
-        query_map (`torch.Tensor` of shape `(B, rows, Wp, C)`): Queries on the map, contiguous.
+        output (`torch.Tensor` of shape `(B, l, C)`): That of the local branch, contiguous.
+        key, value (`torch.Tensor` of shape `(B, l, C)`): As above.
+        query_map (`torch.Tensor` of shape `(B, rows, Wp, C)`): Queries on the rolled map, contiguous.
+        key_of_padding, value_of_padding (`torch.Tensor` of shape `(C,)`, *optional*): Needed where there is padding.
         bias_table (`torch.Tensor` of shape `((2w-1)^2, heads)`): Relative position bias.
-        geometry (`WindowGeometry`): Of these windows.
+        band (`Band`): Some rows of windows.
         output_scale (`float`): Factor of what is added.
     """
     tensors = {"query": query_map, "key": key, "value": value, "output": output}
-    attend("context", bias_table, geometry, {"share": output_scale}, **tensors)
+    padding = {"key_of_padding": key_of_padding, "value_of_padding": value_of_padding}
+    attend("context", bias_table, band, {"share": output_scale}, **tensors, **padding)
 
 
 def depthwise_gelu(

@@ -16,8 +16,10 @@ from ..transformer_localdit import (
     is_function_mode_on,
     is_untouched,
     saves_passes,
+    slab_size,
 )
 from . import cpu
+from .bands import split_into_bands
 from .processor import share_of_branch, why_not_model
 
 # Of modules that the kernels compute without calling them. Adapters put others in their places.
@@ -66,41 +68,65 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
     def __call__(
         self, attn: LocalDiTWindowAttention, hidden_states: torch.Tensor, geometry: WindowGeometry
     ) -> torch.Tensor:
-        if serves(attn, hidden_states) and self._attention_backend is None:
+        if not serves(attn, hidden_states) or self._attention_backend is not None:
             return super().__call__(attn, hidden_states, geometry)
-        plain = LocalDiTWindowAttnProcessor()
-        plain._attention_backend, plain._parallel_config = self._attention_backend, self._parallel_config
-        return plain(attn, hidden_states, geometry)
+        bands = split_into_bands(geometry, slab_size(hidden_states))  # of l tokens
+        context, share = attn.global_context, share_of_branch(attn)
+        query_maps, keys, outputs = [], [], []
+        for band in bands:
+            query, key, value = map(cpu.evenly_spaced, attn.project(band.take(hidden_states)))  # (B, l, C)
+            output = value if value.is_contiguous() else torch.empty_like(value, memory_format=torch.contiguous_format)
+            query_map = cpu.local_window_attention(
+                query,
+                key,
+                value,
+                attn.norm_q.weight,
+                attn.norm_k.weight,
+                attn.rel_pos_bias,
+                band,
+                attn.norm_q.eps,
+                share,
+                output,
+                with_maps=context is not None,
+            )
+            query_maps.append(query_map)
+            keys.append(key)
+            outputs.append(output)
 
-    def _attend_locally(self, attn, query, key, value, geometry: WindowGeometry):
-        query, key, value = (x.contiguous() for x in (query, key, value))
-        query_map = cpu.local_window_attention_(
-            query,
-            key,
-            value,
-            attn.norm_q.weight,
-            attn.norm_k.weight,
-            attn.rel_pos_bias,
-            geometry,
-            attn.norm_q.eps,
-            share_of_branch(attn),
-            with_maps=attn.global_context is not None,
-        )
-        return query_map, key, value
+        if context is not None:
+            query_maps = query_context(context, query_maps)
+            padding = keys_and_values_of_padding(context, hidden_states, geometry)
+            for band, query_map, key, output in zip(bands, query_maps, keys, outputs):
+                key, value = cpu.evenly_spaced(context.to_k(key)), cpu.evenly_spaced(context.to_v(key))
+                cpu.add_context_window_attention_(
+                    output, query_map.contiguous(), key, value, *padding, context.rel_pos_bias, band, share
+                )
 
-    def _query_context(self, context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]):
-        places = sum(part.shape[1] * part.shape[2] for part in query_maps)
-        for stage in context.query_stages:
-            weight, parts = stage.depthwise.weight, range(len(query_maps))
-            features, sums = map(list, zip(*(cpu.depthwise_gelu(query_maps, i, weight) for i in parts)))
-            mean = (sum(sums) / places).to(query_maps[0].dtype)  # (B, C)
-            query_maps = stage.joined(features, mean, query_maps)
-        return query_maps, context.rel_pos_bias
+        result = torch.empty_like(hidden_states)
+        for band, output in zip(bands, outputs):
+            band.put(attn.to_out[0](output), result)
+        return result
 
-    def _join_context(self, attn, output, query_map, key, value, bias_table, geometry: WindowGeometry) -> torch.Tensor:
-        query_map, key, value = (x.contiguous() for x in (query_map, key, value))
-        cpu.add_context_window_attention_(output, query_map, key, value, bias_table, geometry, share_of_branch(attn))
-        return output
+
+def query_context(context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The map of queries `(B, rows, Wp, C)` after the stages, in parts as before."""
+    places = sum(part.shape[1] * part.shape[2] for part in query_maps)
+    for stage in context.query_stages:
+        weight, parts = stage.depthwise.weight, range(len(query_maps))
+        features, sums = map(list, zip(*(cpu.depthwise_gelu(query_maps, i, weight) for i in parts)))
+        mean = (sum(sums) / places).to(query_maps[0].dtype)  # (B, C)
+        query_maps = stage.joined(features, mean, query_maps)
+    return query_maps
+
+
+def keys_and_values_of_padding(
+    context: LocalDiTGlobalContext, hidden_states: torch.Tensor, geometry: WindowGeometry
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the context branch reads from zeros, `(C,)` each, if the map is padded."""
+    if geometry.map_to_token.numel() == geometry.token_to_window.numel():
+        return None, None
+    zeros = hidden_states.new_zeros(1, 1, hidden_states.shape[2])
+    return context.to_k(zeros).flatten(), context.to_v(zeros).flatten()
 
 
 # diffusers' skipping of layers looks processors up here.

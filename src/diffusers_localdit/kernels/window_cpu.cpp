@@ -3,9 +3,10 @@
 // Window attention of LocalDiT and the depthwise convolutions of its global context on a CPU, in float32 and bfloat16,
 // which is computed in float32 and rounded once. cpu.py compiles and calls it.
 //
-// Shape legend: B batch, n windows, m = w * w members of a window, d channels of a head, C = heads * d.
+// Shape legend: B batch, l tokens, n windows, m = w * w members of a window, d channels of a head, C = heads * d.
 //
-// A thread takes a window, and its heads one after the other, each of which fits into the nearest caches. There a query
+// Tokens are read and written where they lie in the picture, or in a part of it that holds some whole rows of windows. A
+// thread takes a window, and its heads one after the other, each of which fits into the nearest caches. There a query
 // has a lane: tokens lie as (d, m), so that norms, rotary embedding and softmax go down columns and no sum goes across
 // lanes. The memory that the next head needs is asked for meanwhile: its m pieces are too many streams for a processor
 // to foresee.
@@ -164,20 +165,22 @@ static inline void transpose(Vec* rows) {
 
 // Attention
 
-// As cpu.py fills it in. Tensors are contiguous, T is the dtype.
+// As cpu.py fills it in. T is the dtype. Tensors are contiguous, but for tokens that may lie further apart than C numbers.
 struct Attention {
-    void *query;      // (B, n, m, C), or on the map: (B, n / across * w, across * w, C)
-    void *key;        // (B, n, m, C)
-    void *value;      // (B, n, m, C)
-    void *output;     // (B, n, m, C); may be `value`
-    void *query_map;  // prepared queries, on the map, if it is not null; `key` is overwritten by prepared keys then
+    void *query;      // (B, l, C), or on the rolled map: (B, n / across * w, across * w, C)
+    void *key;        // (B, l, C)
+    void *value;      // (B, l, C)
+    void *output;     // (B, l, C), contiguous; may be `value`
+    void *query_map;  // prepared queries, on the rolled map, if it is not null; `key` is then overwritten by prepared keys
+    const void *key_of_padding, *value_of_padding;  // (C,), for the context branch, if there is padding
     const float *norm_q, *norm_k;   // (d,)
     const float *bias;              // (heads, m, padded(m)): of each key to all queries
     const float *mask;              // (n, m, m), symmetric
     const float *cos, *sin;         // (tokens, d / 2), or null
-    const int64_t *window_to_token; // (n, m)
-    const bool *padding;            // (n, m), or null where no window has any
-    int64_t batch, windows, across, w, heads, d, threads;
+    const int64_t *window_to_token; // (n, m): row of cos and sin
+    const int64_t *places;          // (n, m): among the l tokens, or -1 for padding
+    int64_t query_stride, key_stride, value_stride;  // from token to token
+    int64_t batch, tokens, windows, across, w, heads, d, threads;
     float eps, share;               // factor of the output
 };
 
@@ -296,14 +299,15 @@ template <class T, bool ADD> static void window_attention(const Attention& a) {
 #pragma omp parallel num_threads(a.threads)
     {
         Head head(m, d);
-        std::vector<const T*> query(m), key(m);
+        std::vector<const T*> query(m), key(m), value(m);
         std::vector<const float*> cos(m), sin(m);
-        std::vector<T*> query_map(m), key_again(m), output(m);
+        std::vector<T*> query_map(m), prepared_key(m), output(m);
+        std::vector<T> nowhere(d);  // what is written for padding
 #pragma omp for
         for (int64_t window = 0; window < a.batch * a.windows; window++) {
             int64_t n = window % a.windows, rows = a.windows / a.across * a.w, columns = a.across * a.w;
             int64_t corner = (window / a.windows * rows + n / a.across * a.w) * columns + n % a.across * a.w;
-            const bool* padding = a.padding ? a.padding + n * m : nullptr;
+            const int64_t* places = a.places + n * m;
             if (!ADD && a.cos) {
                 for (int i = 0; i < m; i++) {
                     cos[i] = a.cos + a.window_to_token[n * m + i] * (d / 2);
@@ -315,20 +319,26 @@ template <class T, bool ADD> static void window_attention(const Attention& a) {
             for (int64_t h = 0; h < a.heads; h++) {
                 int next = h + 1 < a.heads ? d : 0;
                 for (int i = 0; i < m; i++) {
-                    int64_t place = (window * m + i) * channels + h * d;
+                    int64_t token = window / a.windows * a.tokens + places[i];
                     int64_t map_place = (corner + i / a.w * columns + i % a.w) * channels + h * d;
-                    bool nothing = !ADD && padding && padding[i];
-                    const T* value = (const T*)a.value + place;
-                    query[i] = nothing ? nullptr : (const T*)a.query + (ADD ? map_place : place);
-                    key[i] = nothing ? nullptr : (const T*)a.key + place;
-                    output[i] = (T*)a.output + place;
-                    key_again[i] = (T*)a.key + place;
+                    if (places[i] < 0) {
+                        query[i] = nullptr;
+                        key[i] = ADD ? (const T*)a.key_of_padding + h * d : nullptr;
+                        value[i] = ADD ? (const T*)a.value_of_padding + h * d : nullptr;
+                        prepared_key[i] = output[i] = nowhere.data();
+                    } else {
+                        query[i] = (const T*)a.query + token * a.query_stride + h * d;
+                        key[i] = prepared_key[i] = (T*)a.key + token * a.key_stride + h * d;
+                        value[i] = (const T*)a.value + token * a.value_stride + h * d;
+                        output[i] = (T*)a.output + token * channels + h * d;
+                        fetch(key[i] + next, d);
+                        fetch(value[i] + next, d);
+                        if (ADD) fetch(output[i] + next, d);
+                    }
+                    if (ADD) query[i] = (const T*)a.query + map_place;
+                    if (query[i]) fetch(query[i] + next, d);
                     for (int c = 0; c < d; c += LANES)
-                        store(head.value + i * padded(d) + c, nothing ? Vec{} : load(value + c, d - c));
-                    fetch((const T*)a.query + (ADD ? map_place : place) + next, d);
-                    fetch((const T*)a.key + place + next, d);
-                    fetch(value + next, d);
-                    if (ADD) fetch(output[i] + next, d);
+                        store(head.value + i * padded(d) + c, value[i] ? load(value[i] + c, d - c) : Vec{});
                     if (!a.query_map) continue;
                     query_map[i] = (T*)a.query_map + map_place;
                     fetch(query_map[i] + next, d);
@@ -341,7 +351,7 @@ template <class T, bool ADD> static void window_attention(const Attention& a) {
                 }
                 if (!ADD && a.query_map) {
                     scatter(head.query, m, d, query_map.data());
-                    scatter(head.key, m, d, key_again.data());
+                    scatter(head.key, m, d, prepared_key.data());
                 }
                 const float *bias = a.bias + h * m * padded(m), *mask = a.mask + n * m * m;
                 attend<T, ADD>(head, m, d, bias, mask, a.share, output.data());
