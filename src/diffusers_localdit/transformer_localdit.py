@@ -231,9 +231,19 @@ def keeps_nothing() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 
+def is_traced() -> bool:
+    """Whether tensors have no numbers that one could look at."""
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None
+
+
 def saves_passes(hidden_states: torch.Tensor) -> bool:
     """Whether to take small steps in place: on a CPU, where every pass over memory counts."""
     return keeps_nothing() and hidden_states.device.type == "cpu"
+
+
+def may_look_at(x: torch.Tensor) -> bool:
+    """Whether numbers may decide what is computed: on a GPU, one would have to wait for them."""
+    return saves_passes(x) and not (is_traced() or torch._C._are_functorch_transforms_active())
 
 
 def slab_size(hidden_states: torch.Tensor) -> int | None:
@@ -352,9 +362,14 @@ def without_padding(
     return text, None if (attention_mask == 1).all() else attention_mask
 
 
+def one_if_alike(rows: torch.Tensor) -> torch.Tensor:
+    """The first of rows that are all the same, as timesteps and sizes of a guided batch are, or all of them."""
+    return rows[:1] if rows.shape[0] > 1 and (rows == rows[:1]).all() else rows
+
+
 class LocalDiTStepCache:
     r"""
-    Keeps what forward passes compute from text and picture size alone (projected text, keys and values of
+    Keeps what forward passes compute from text and picture size alone (projected text, keys, values and mask of
     cross-attention, size embeddings) from the first denoising step for the others. One object serves one set of
     `encoder_hidden_states`, `encoder_attention_mask`, `added_cond_kwargs` and weights.
 
@@ -629,12 +644,6 @@ class GlobalContextQueryStage(nn.Module):
         features = [self.features(query_maps, i) for i in range(len(query_maps))]
         rows = sum(part.shape[1] for part in features)
         mean = sum(part.mean(dim=(1, 2)) * (part.shape[1] / rows) for part in features)  # (B, C)
-        return self.joined(features, mean, query_maps)
-
-    def joined(
-        self, features: list[torch.Tensor], mean: torch.Tensor, query_maps: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """The map and its excited features, in whose place it may lie; `mean` is that of the features, `(B, C)`."""
         gate = self.gate(mean)[:, None, None]  # (B, 1, 1, C)
         for i, query in enumerate(query_maps):
             features[i] = add_product(self.pointwise, multiply(features[i], gate), query)
@@ -764,19 +773,24 @@ class LocalDiTCrossAttention(LocalDiTAttention):
 # Block and model
 
 
+def may_modulate(norm: nn.Module, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether shift and scale may be the weights that a norm itself has not, which saves a pass on a CPU."""
+    built = type(norm) is nn.LayerNorm and norm.weight is None and is_untouched(norm)
+    return built and saves_passes(hidden_states) and hidden_states.dtype == shift.dtype == scale.dtype
+
+
 def modulate(norm: nn.Module, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """norm(h) * (1 + scale) + shift, of a norm without weights, for which these may be the norm's: `(B, 1, C)`."""
-    same = hidden_states.dtype == shift.dtype == scale.dtype
-    if not saves_passes(hidden_states) or type(norm) is not nn.LayerNorm or not is_untouched(norm) or not same:
+    """norm(h) * (1 + scale) + shift, these being `(B, 1, C)`, or `(1, 1, C)` for all samples."""
+    if not may_modulate(norm, hidden_states, shift, scale):
         return slab_by_slab(lambda tokens: torch.addcmul(shift, norm(tokens), 1 + scale), hidden_states)
-    weights, biases = (1 + scale).squeeze(1), shift.squeeze(1)  # (B, C), or (1, C) for all samples
+    weights, biases = (1 + scale).squeeze(1), shift.squeeze(1)
 
     def normed(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(tokens, norm.normalized_shape, weight, bias, norm.eps)
 
     if weights.shape[0] == 1:
         return normed(hidden_states, weights[0], biases[0])
-    return slab_by_slab(lambda tokens: torch.stack(list(map(normed, tokens, weights, biases))), hidden_states)
+    return slab_by_slab(lambda tokens: torch.stack([*map(normed, tokens, weights, biases)]), hidden_states)
 
 
 def gelu_tanh_(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -1055,8 +1069,7 @@ class LocalDiTTransformer2DModel(
     def _geometry(self, height: int, width: int, device: torch.device) -> TokenMapGeometry:
         config = self.config
         # A compiled graph computes it; a cache would tie the graph to one size, and hand fake tensors to later calls.
-        traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None
-        build = token_map_geometry if traced else cached_token_map_geometry
+        build = token_map_geometry if is_traced() else cached_token_map_geometry
         return build(
             height,
             width,
@@ -1165,17 +1178,19 @@ class LocalDiTTransformer2DModel(
             step_cache = None
 
         # 1. Input
-        if saves_passes(hidden_states) and not self._has_compiled_blocks:  # a GPU would have to be waited for
+        if may_look_at(hidden_states) and not self._has_compiled_blocks:
             encoder_hidden_states, encoder_attention_mask = without_padding(
                 encoder_hidden_states, encoder_attention_mask
             )
+            timestep = one_if_alike(timestep)
+            added_cond_kwargs = {name: one_if_alike(sizes) for name, sizes in added_cond_kwargs.items()}
         hidden_states = self.pos_embed(hidden_states, geometry.pos_embed)  # (B, L, C)
         modulation, embedded_timestep = self._embed_timestep(
             timestep, added_cond_kwargs, hidden_states.dtype, step_cache
         )
         # By batch size, since FasterCache leaves out the unconditional half of the batch in some steps.
         text = once(
-            step_cache, ("text", timestep.shape[0]), lambda: self.caption_projection(encoder_hidden_states)
+            step_cache, ("text", batch_size), lambda: self.caption_projection(encoder_hidden_states)
         )  # (B, T, C)
         if encoder_attention_mask is not None:
             encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * MASK_VALUE

@@ -61,6 +61,15 @@ class Depthwise(ctypes.Structure):
     ]
 
 
+class Excitation(ctypes.Structure):
+    """Of `window_cpu.cpp`, which says what each is."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("features", "gate")),
+        *((name, ctypes.c_int64) for name in ("batch", "places", "channels", "threads")),
+    ]
+
+
 def compiled(options: list[str]) -> Path:
     """
     The library, compiled now or by an earlier process.
@@ -267,3 +276,25 @@ def depthwise_gelu(
     )
     run("depthwise_gelu", part.dtype, arguments)
     return features, sums.sum(dim=1)
+
+
+def excite_(features: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    r"""
+    `features * gate`, in place.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, rows, Wp, C)`): Contiguous.
+        gate (`torch.Tensor` of shape `(B, C)`): A factor for each channel.
+    """
+    batch_size, rows, columns, channels = features.shape
+    gate = gate.float().contiguous()
+    arguments = Excitation(
+        features=address(features),
+        gate=address(gate),
+        batch=batch_size,
+        places=rows * columns,
+        channels=channels,
+        threads=torch.get_num_threads(),
+    )
+    run("excite", features.dtype, arguments)
+    return features

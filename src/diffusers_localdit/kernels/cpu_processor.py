@@ -13,6 +13,7 @@ from ..transformer_localdit import (
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     WindowGeometry,
+    add_product,
     is_function_mode_on,
     is_untouched,
     saves_passes,
@@ -115,7 +116,10 @@ def query_context(context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]
         weight, parts = stage.depthwise.weight, range(len(query_maps))
         features, sums = map(list, zip(*(cpu.depthwise_gelu(query_maps, i, weight) for i in parts)))
         mean = (sum(sums) / places).to(query_maps[0].dtype)  # (B, C)
-        query_maps = stage.joined(features, mean, query_maps)
+        gate = stage.gate(mean)
+        for i, query_map in enumerate(query_maps):
+            features[i] = add_product(stage.pointwise, cpu.excite_(features[i], gate), query_map)
+        query_maps = features
     return query_maps
 
 
