@@ -33,6 +33,7 @@ from diffusers_localdit.kernels import (
     uninstall_kernels,
     why_not_cpu_kernels,
 )
+from diffusers_localdit.kernels.bands import split_into_bands
 from diffusers_localdit.packed_linear import pack_linears, why_not_packed
 from diffusers_localdit.transformer_localdit import (
     LocalDiTRMSNorm,
@@ -43,6 +44,7 @@ from diffusers_localdit.transformer_localdit import (
 )
 
 CPU = torch.device("cpu")
+KERNELS = {"local", "context", "depthwise_gelu", "excite"}
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
 INSTRUCTIONS = cpu.instructions()
 INSTRUCTION_SETS = ["avx2", "avx512"] if INSTRUCTIONS and "-mavx512f" in INSTRUCTIONS else ["avx2"]
@@ -168,6 +170,77 @@ for at_end, place in ((True, 40), (False, -1)):
         assert process.stdout.split()[-1] == str(at_end)
 
 
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    window_size=st.integers(2, 9),
+    layer=st.integers(0, 8),
+    size=st.sampled_from([None, 1, 30, 100]),
+)
+@settings(derandomize=True, database=None)
+def test_bands_hold_each_token_once(height, width, window_size, layer, size):
+    """And the places of a window's members lead to its tokens."""
+    geometry = window_geometry(height, width, window_size, layer % window_size, (None, None), CPU)
+    numbers = torch.arange(height * width)[None, :, None]
+    result, windows = torch.full_like(numbers, -1), []
+    for band in split_into_bands(geometry, size):
+        assert len(band.runs) <= 2
+        tokens = band.take(numbers)
+        members = tokens[0, band.places, 0].where(band.places >= 0, height * width)
+        assert torch.equal(band.places < 0, band.geometry.padding)
+        windows.append(members)
+        assert (result[0, tokens.flatten()] == -1).all()
+        band.put(tokens, result)
+    assert torch.equal(result, numbers)
+    rows, columns = (length // window_size for length in geometry.map_to_token.shape)
+    on_map = geometry.map_to_token.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
+    assert torch.equal(torch.cat(windows), on_map.flatten(0, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+def test_parts_of_one_projection_are_read_where_they_lie(library, dtype):
+    """Nothing of it is written, but the prepared keys for the context."""
+    attn, geometry = random_attention(dtype), window_geometry(7, 9, 4, 1, rotary_table(7, 9, 12, CPU), CPU)
+    [band] = split_into_bands(geometry, None)
+    projected = torch.randn(2, 63, 72).to(dtype)
+    results = []
+    for with_maps in (False, True):
+        for apart in (True, False):
+            parts = projected.clone().chunk(3, dim=-1)
+            parts = [x if apart else x.contiguous() for x in parts]
+            output = torch.empty(2, 63, 24, dtype=dtype)
+            weights = (attn.norm_q.weight, attn.norm_k.weight, attn.rel_pos_bias)
+            query_map = cpu.local_window_attention(
+                *map(cpu.evenly_spaced, parts), *weights, band, 1e-10, 0.5, output, with_maps
+            )
+            results.append((output, query_map, parts[1].contiguous()))
+            unchanged = [0, 2] if with_maps else [0, 1, 2]
+            assert all(torch.equal(parts[i], projected.chunk(3, dim=-1)[i]) for i in unchanged)
+    for (output, query_map, key), (other, other_map, other_key) in (results[:2], results[2:]):
+        assert torch.equal(output, other)
+        assert torch.equal(key, other_key)
+        assert query_map is other_map is None or torch.equal(query_map, other_map)
+
+
+@torch.no_grad()
+def test_projections_that_lie_otherwise(calls):
+    """Channels apart, and samples of a larger tensor: what an adapter may give."""
+    attn, geometry = random_attention(), window_geometry(8, 8, 4, 1, (None, None), CPU)
+    tokens = torch.randn(2, 64, 24)
+    expected = attn(tokens, geometry)
+    attn.set_processor(LocalDiTCPUAttnProcessor())
+    linears = {name: getattr(attn, name) for name in ("to_q", "to_k", "to_v")}
+    for lie in (
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.cat([x, x], dim=1)[:, :64],
+    ):
+        for linear in linears.values():
+            linear.forward = lambda x, linear=linear, lie=lie: lie(F.linear(x, linear.weight, linear.bias))
+        assert relative_error(attn(tokens, geometry), expected) < 1e-6
+    assert calls
+
+
 @torch.no_grad()
 def test_the_number_of_threads_changes_nothing(library, monkeypatch):
     """To the bit. Of the kernels' threads: PyTorch's products have as many as before."""
@@ -255,7 +328,7 @@ def test_packed_model(library, calls, dtype, monkeypatch):
     plain = relative_error(model(**inputs).sample, exact)
     install_cpu_kernels(model)
     assert relative_error(model(**inputs).sample, exact) < (1.1 * plain if dtype == torch.bfloat16 else 1e-6)
-    assert set(calls) == {"local", "context", "depthwise_gelu"}
+    assert set(calls) == KERNELS
 
 
 class TestWhomTheyLeaveItTo:
@@ -469,11 +542,13 @@ class TestTrial:
     def test_kernels_that_agree_stay(self, calls):
         model = tiny_transformer(num_layers=2)
         assert try_cpu_kernels(model) is None
-        assert set(calls) == {"local", "context", "depthwise_gelu"}
+        assert set(calls) == KERNELS
         assert {type(block.attn.processor) for block in model.transformer_blocks} == {LocalDiTCPUAttnProcessor}
         assert try_cpu_kernels(model) == "A LocalDiTCPUAttnProcessor computes it, and is left in its place."
 
-    @pytest.mark.parametrize("name", ["local_window_attention", "add_context_window_attention_", "depthwise_gelu"])
+    @pytest.mark.parametrize(
+        "name", ["local_window_attention", "add_context_window_attention_", "depthwise_gelu", "excite_"]
+    )
     def test_kernels_that_give_other_numbers_go(self, name, monkeypatch):
         function = getattr(cpu, name)
 

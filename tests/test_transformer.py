@@ -21,16 +21,22 @@ from transformer_inputs import in_dtype, map_tensors, random_inputs, relative_er
 
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
 from diffusers_localdit.transformer_localdit import (
+    MASK_VALUE,
     QK_NORM_EPS,
+    LocalDiTCrossAttnProcessor,
     LocalDiTFeedForward,
     LocalDiTRMSNorm,
     LocalDiTWindowAttention,
     LocalDiTWindowAttnProcessor,
     apply_rotary,
+    attention,
     cached_token_map_geometry,
+    explicit_attention,
     gelu_tanh_,
     is_plain,
     may_fuse_gelu,
+    modulate,
+    pad_keys,
     query_parts,
     rotary_table,
     token_map_geometry,
@@ -638,6 +644,140 @@ def test_padding_of_the_text_costs_nothing_and_changes_nothing(model, mask, leng
     handle.remove()
     assert lengths == [length, 5]
     assert relative_error(output, expected) < 1e-6
+
+
+VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
+
+@given(
+    length=st.integers(1, 40),
+    last=st.sampled_from([None, 0, 1, 5]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    queries=st.sampled_from([10, 70]),
+)
+@settings(derandomize=True, database=None)
+@torch.no_grad()
+def test_keys_that_fill_vectors_have_no_weight(length, last, dtype, queries):
+    """The second sample may attend to the first `last` keys alone, and if that is none, to all alike."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, size, 2, 8, generator=generator).to(dtype) for size in (queries, length, length)
+    )
+    bias = None
+    if last is not None:
+        bias = torch.zeros(2, 1, 1, length, dtype=dtype)
+        bias[1, ..., last:] = MASK_VALUE
+    padded = pad_keys(key, value, bias)
+    assert padded[0].shape[1] == padded[1].shape[1] == -(-length // VECTOR) * VECTOR
+    output = attention(LocalDiTCrossAttnProcessor(), query, *padded)
+    expected = explicit_attention(*(x if x is None else x.double() for x in (query, key, value, bias)))
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_error(output[0], expected[0]) < tolerance
+    # Scores of -10000 are exact to a thousandth.
+    assert relative_error(output[1], expected[1]) < (tolerance if last != 0 else max(tolerance, 1e-3))
+
+
+def test_text_is_padded_where_pytorchs_own_kernel_takes_it_and_no_gradients_are_kept(monkeypatch):
+    lengths = []
+
+    def record(query, key, *arguments, dispatch=transformer_localdit.dispatch_attention_fn, **settings):
+        lengths.append(key.shape[1])
+        return dispatch(query, key, *arguments, **settings)
+
+    monkeypatch.setattr(transformer_localdit, "dispatch_attention_fn", record)
+    model, inputs = tiny_transformer(num_layers=1), random_inputs(24, 24, text_tokens=19)
+    expected = model(**inputs).sample
+    assert lengths == [19]
+    with torch.no_grad():
+        assert relative_error(model(**inputs).sample, expected) < 1e-6
+        assert lengths == [19, -(-19 // VECTOR) * VECTOR]
+        model.set_attention_backend("native")
+        model(**inputs)
+    assert lengths[2:] == [16, 16, 19]  # windows, twice, and the text
+
+
+class TestModulation:
+    @staticmethod
+    def numbers(rows, dtype):
+        generator = torch.Generator().manual_seed(0)
+        tokens, modulation = (
+            torch.randn(3, 50, 24, generator=generator),
+            torch.randn(2, rows, 1, 24, generator=generator),
+        )
+        return tokens.to(dtype), *modulation.to(dtype)
+
+    @staticmethod
+    def plain(norm, tokens, shift, scale):
+        return norm(tokens) * (1 + scale) + shift
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+    def test_in_one_pass(self, rows, dtype, tolerance, monkeypatch, uninitialized_is_nan):
+        monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 3 * 7 * 24)
+        norm, numbers = torch.nn.LayerNorm(24, elementwise_affine=False, eps=1e-6), self.numbers(rows, dtype)
+        output = modulate(norm, *numbers)
+        exact = self.plain(norm, *(x.double() for x in numbers))
+        assert output.dtype == dtype
+        assert relative_error(output, exact) < min(tolerance, 1.2 * relative_error(self.plain(norm, *numbers), exact))
+
+    @torch.no_grad()
+    def test_norms_of_somebodys_own_are_called(self):
+        class Norm(torch.nn.LayerNorm):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        hooked, weighted = torch.nn.LayerNorm(24, elementwise_affine=False), torch.nn.LayerNorm(24)
+        hooked.register_forward_hook(lambda module, args, output: 2 * output)
+        torch.nn.init.uniform_(weighted.weight, 1, 2)
+        for norm in (Norm(24, elementwise_affine=False), hooked, weighted):
+            numbers = self.numbers(1, torch.float32)
+            assert relative_error(modulate(norm, *numbers), self.plain(norm, *numbers)) < 1e-6
+
+    @torch.no_grad()
+    def test_another_dtype_widens(self):
+        tokens, shift, scale = self.numbers(1, torch.bfloat16)
+        norm = torch.nn.LayerNorm(24, elementwise_affine=False)
+        assert modulate(norm, tokens, shift.float(), scale.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("changed", [None, "timestep", "resolution", "aspect_ratio"])
+def test_rows_that_are_alike_are_embedded_once(model, changed, monkeypatch):
+    inputs = random_inputs(batch_size=3)
+    inputs["timestep"] = torch.full((3,), 500)
+    if changed == "timestep":
+        inputs["timestep"][1] = 20
+    elif changed is not None:
+        inputs["added_cond_kwargs"][changed] = inputs["added_cond_kwargs"][changed].clone()
+        inputs["added_cond_kwargs"][changed][2] *= 2
+    rows = []
+    embedder = model.adaln_single.emb
+    with torch.no_grad():
+        for name in ("timestep_embedder", "resolution_embedder", "aspect_ratio_embedder"):
+            getattr(embedder, name).register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        outputs = [model(**inputs).sample]
+        first = rows.copy()
+        monkeypatch.setattr(transformer_localdit, "one_if_alike", lambda *tensors: tensors)
+        outputs.append(model(**inputs).sample)
+    for name in ("timestep_embedder", "resolution_embedder", "aspect_ratio_embedder"):
+        getattr(embedder, name)._forward_pre_hooks.clear()
+    assert first == ([1, 2, 1] if changed is None else [3, 6, 3])  # a resolution is two numbers
+    assert relative_error(*outputs) < 1e-6
+
+
+@torch.no_grad()
+def test_inputs_without_numbers_are_not_looked_at(model):
+    inputs = random_inputs()
+    expected = model(**inputs).sample
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(**map_tensors(mode.from_tensor, inputs)).sample.shape == expected.shape
+    mapped = ("timestep", "encoder_attention_mask")
+    rest = {name: value for name, value in inputs.items() if name not in mapped}
+    outputs = vmap(lambda timestep, mask: model(timestep=timestep, encoder_attention_mask=mask, **rest).sample)(
+        *(torch.stack([inputs[name]] * 2) for name in mapped)
+    )
+    for output in outputs:
+        assert relative_error(output, expected) < 1e-6
 
 
 def test_one_row_of_sizes_does_for_a_batch_and_the_step_cache_for_half_of_it(model):

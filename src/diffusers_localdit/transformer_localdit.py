@@ -362,9 +362,10 @@ def without_padding(
     return text, None if (attention_mask == 1).all() else attention_mask
 
 
-def one_if_alike(rows: torch.Tensor) -> torch.Tensor:
-    """The first of rows that are all the same, as timesteps and sizes of a guided batch are, or all of them."""
-    return rows[:1] if rows.shape[0] > 1 and (rows == rows[:1]).all() else rows
+def one_if_alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The first row of each if all of its rows are the same, as timesteps and sizes of a guided batch are."""
+    alike = all(rows.shape[0] == 1 or (rows == rows[:1]).all() for rows in tensors)
+    return [rows[:1] for rows in tensors] if alike else list(tensors)
 
 
 class LocalDiTStepCache:
@@ -1182,8 +1183,10 @@ class LocalDiTTransformer2DModel(
             encoder_hidden_states, encoder_attention_mask = without_padding(
                 encoder_hidden_states, encoder_attention_mask
             )
-            timestep = one_if_alike(timestep)
-            added_cond_kwargs = {name: one_if_alike(sizes) for name, sizes in added_cond_kwargs.items()}
+            timestep, resolution, aspect_ratio = one_if_alike(
+                timestep, added_cond_kwargs["resolution"], added_cond_kwargs["aspect_ratio"]
+            )
+            added_cond_kwargs = {"resolution": resolution, "aspect_ratio": aspect_ratio}
         hidden_states = self.pos_embed(hidden_states, geometry.pos_embed)  # (B, L, C)
         modulation, embedded_timestep = self._embed_timestep(
             timestep, added_cond_kwargs, hidden_states.dtype, step_cache

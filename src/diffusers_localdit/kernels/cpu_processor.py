@@ -73,7 +73,7 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
             return super().__call__(attn, hidden_states, geometry)
         bands = split_into_bands(geometry, slab_size(hidden_states))  # of l tokens
         context, share = attn.global_context, share_of_branch(attn)
-        query_maps, keys, outputs = [], [], []
+        result, query_maps, keys, outputs = torch.empty_like(hidden_states), [], [], []
         for band in bands:
             query, key, value = map(cpu.evenly_spaced, attn.project(band.take(hidden_states)))  # (B, l, C)
             output = value if value.is_contiguous() else torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -90,21 +90,22 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
                 output,
                 with_maps=context is not None,
             )
+            if context is None:
+                band.put(attn.to_out[0](output), result)
+                continue
             query_maps.append(query_map)
             keys.append(key)
             outputs.append(output)
+        if context is None:
+            return result
 
-        if context is not None:
-            query_maps = query_context(context, query_maps)
-            padding = keys_and_values_of_padding(context, hidden_states, geometry)
-            for band, query_map, key, output in zip(bands, query_maps, keys, outputs):
-                key, value = cpu.evenly_spaced(context.to_k(key)), cpu.evenly_spaced(context.to_v(key))
-                cpu.add_context_window_attention_(
-                    output, query_map.contiguous(), key, value, *padding, context.rel_pos_bias, band, share
-                )
-
-        result = torch.empty_like(hidden_states)
-        for band, output in zip(bands, outputs):
+        query_maps = query_context(context, query_maps)
+        padding = keys_and_values_of_padding(context, hidden_states, geometry)
+        for band, query_map, key, output in zip(bands, query_maps, keys, outputs):
+            key, value = cpu.evenly_spaced(context.to_k(key)), cpu.evenly_spaced(context.to_v(key))
+            cpu.add_context_window_attention_(
+                output, query_map.contiguous(), key, value, *padding, context.rel_pos_bias, band, share
+            )
             band.put(attn.to_out[0](output), result)
         return result
 
