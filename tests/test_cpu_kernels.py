@@ -195,6 +195,8 @@ def test_bands_hold_each_token_once(height, width, window_size, layer, size):
     rows, columns = (length // window_size for length in geometry.map_to_token.shape)
     on_map = geometry.map_to_token.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2)
     assert torch.equal(torch.cat(windows), on_map.flatten(0, 1))
+    assert len(split_into_bands(geometry, 1)) == rows  # also after another size
+    assert len(split_into_bands(geometry, None)) == 1
 
 
 @torch.no_grad()
@@ -206,9 +208,9 @@ def test_parts_of_one_projection_are_read_where_they_lie(library, dtype):
     projected = torch.randn(2, 63, 72).to(dtype)
     results = []
     for with_maps in (False, True):
-        for apart in (True, False):
+        for apart in ((0, 1, 2), (0,), (1,), (2,), ()):
             parts = projected.clone().chunk(3, dim=-1)
-            parts = [x if apart else x.contiguous() for x in parts]
+            parts = [x if i in apart else x.contiguous() for i, x in enumerate(parts)]
             output = torch.empty(2, 63, 24, dtype=dtype)
             weights = (attn.norm_q.weight, attn.norm_k.weight, attn.rel_pos_bias)
             query_map = cpu.local_window_attention(
@@ -217,25 +219,28 @@ def test_parts_of_one_projection_are_read_where_they_lie(library, dtype):
             results.append((output, query_map, parts[1].contiguous()))
             unchanged = [0, 2] if with_maps else [0, 1, 2]
             assert all(torch.equal(parts[i], projected.chunk(3, dim=-1)[i]) for i in unchanged)
-    for (output, query_map, key), (other, other_map, other_key) in (results[:2], results[2:]):
-        assert torch.equal(output, other)
-        assert torch.equal(key, other_key)
-        assert query_map is other_map is None or torch.equal(query_map, other_map)
+    for i, (output, query_map, key) in enumerate(results):
+        expected_output, expected_map, expected_key = results[4 if i < 5 else 9]  # of what lies together
+        assert torch.equal(output, expected_output)
+        assert torch.equal(key, expected_key)
+        assert query_map is expected_map is None or torch.equal(query_map, expected_map)
 
 
 @torch.no_grad()
-def test_projections_that_lie_otherwise(calls):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_projections_that_lie_otherwise(calls, batch_size):
     """Channels apart, and samples of a larger tensor: what an adapter may give."""
     attn, geometry = random_attention(), window_geometry(8, 8, 4, 1, (None, None), CPU)
-    tokens = torch.randn(2, 64, 24)
+    tokens = torch.randn(batch_size, 64, 24)
     expected = attn(tokens, geometry)
     attn.set_processor(LocalDiTCPUAttnProcessor())
-    linears = {name: getattr(attn, name) for name in ("to_q", "to_k", "to_v")}
+    linears = [attn.to_q, attn.to_k, attn.to_v, attn.global_context.to_k, attn.global_context.to_v]
+    linears += [stage.pointwise for stage in attn.global_context.query_stages]
     for lie in (
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: torch.cat([x, x], dim=1)[:, :64],
+        lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
     ):
-        for linear in linears.values():
+        for linear in linears:
             linear.forward = lambda x, linear=linear, lie=lie: lie(F.linear(x, linear.weight, linear.bias))
         assert relative_error(attn(tokens, geometry), expected) < 1e-6
     assert calls

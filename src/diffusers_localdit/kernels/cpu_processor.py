@@ -104,14 +104,14 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
         for band, query_map, key, output in zip(bands, query_maps, keys, outputs):
             key, value = cpu.evenly_spaced(context.to_k(key)), cpu.evenly_spaced(context.to_v(key))
             cpu.add_context_window_attention_(
-                output, query_map.contiguous(), key, value, *padding, context.rel_pos_bias, band, share
+                output, query_map, key, value, *padding, context.rel_pos_bias, band, share
             )
             band.put(attn.to_out[0](output), result)
         return result
 
 
 def query_context(context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The map of queries `(B, rows, Wp, C)` after the stages, in parts as before."""
+    """The map of queries `(B, rows, Wp, C)` after the stages, in contiguous parts as before."""
     places = sum(part.shape[1] * part.shape[2] for part in query_maps)
     for stage in context.query_stages:
         weight, parts = stage.depthwise.weight, range(len(query_maps))
@@ -119,7 +119,7 @@ def query_context(context: LocalDiTGlobalContext, query_maps: list[torch.Tensor]
         mean = (sum(sums) / places).to(query_maps[0].dtype)  # (B, C)
         gate = stage.gate(mean)
         for i, query_map in enumerate(query_maps):
-            features[i] = add_product(stage.pointwise, cpu.excite_(features[i], gate), query_map)
+            features[i] = add_product(stage.pointwise, cpu.excite_(features[i], gate), query_map).contiguous()
         query_maps = features
     return query_maps
 
