@@ -2,11 +2,13 @@
 
 import copy
 import ctypes
+import gc
 import math
 import pickle
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,6 +199,15 @@ def test_bands_hold_each_token_once(height, width, window_size, layer, size):
     assert torch.equal(torch.cat(windows), on_map.flatten(0, 1))
     assert len(split_into_bands(geometry, 1)) == rows  # also after another size
     assert len(split_into_bands(geometry, None)) == 1
+
+
+def test_bands_go_with_their_geometry():
+    geometry = window_geometry(8, 8, 4, 1, (None, None), CPU)
+    split_into_bands(geometry, 1)
+    token_map = weakref.ref(geometry.map_to_token)
+    del geometry
+    gc.collect()
+    assert token_map() is None
 
 
 @torch.no_grad()

@@ -609,7 +609,8 @@ class LocalDiTCrossAttnProcessor:
         step_cache: LocalDiTStepCache | None = None,
     ) -> torch.Tensor:
         batch_size = encoder_hidden_states.shape[0]
-        pads = saves_passes(hidden_states) and self._attention_backend is None and not is_function_mode_on()
+        chosen = self._attention_backend is not None or self._parallel_config is not None or is_function_mode_on()
+        pads = saves_passes(hidden_states) and not chosen
 
         def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             key, value = (x.unflatten(-1, (attn.heads, -1)) for x in attn.project_text(encoder_hidden_states))

@@ -8,7 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transformer_localdit import WindowGeometry
 
-# By the geometry's map and the size of a band: geometries are kept from call to call, so that each is cut up once.
+# Places and runs of all bands, by the geometry's map and the size of a band: geometries are kept from call to call, so
+# that each is cut up once. Nothing here may hold that map.
 known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -40,17 +41,18 @@ class Band(NamedTuple):
             hidden_states[:, run] = part
 
 
-def make_band(geometry: WindowGeometry) -> Band:
-    tokens = geometry.window_to_token[~geometry.padding].sort().values
-    places = torch.searchsorted(tokens, geometry.window_to_token).masked_fill(geometry.padding, -1)
+def places_and_runs(part: WindowGeometry) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    tokens = part.window_to_token[~part.padding].sort().values
+    places = torch.searchsorted(tokens, part.window_to_token).masked_fill(part.padding, -1)
     gap = (tokens.diff() > 1).nonzero().flatten()
     first, last = torch.cat([tokens[:1], tokens[gap + 1]]), torch.cat([tokens[gap], tokens[-1:]])
-    return Band(geometry, places, tuple(map(slice, first.tolist(), (last + 1).tolist())))
+    return places, tuple(map(slice, first.tolist(), (last + 1).tolist()))
 
 
 def split_into_bands(geometry: WindowGeometry, size: int | None) -> list[Band]:
     """Bands of about `size` tokens, of one row of windows at least; for `None` all in one."""
-    bands = known.setdefault(geometry.map_to_token, {})
-    if size not in bands:
-        bands[size] = [make_band(part) for part in geometry.split(size)]
-    return bands[size]
+    parts = geometry.split(size)
+    by_size = known.setdefault(geometry.map_to_token, {})
+    if size not in by_size:
+        by_size[size] = [places_and_runs(part) for part in parts]
+    return [Band(part, *rest) for part, rest in zip(parts, by_size[size])]
