@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
 from transformer_inputs import in_dtype, map_tensors, random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import LocalDiTTransformer2DModel, transformer_localdit
@@ -682,7 +683,7 @@ def test_text_is_padded_where_pytorchs_own_kernel_takes_it_and_no_gradients_are_
 
     def record(query, key, *arguments, dispatch=transformer_localdit.dispatch_attention_fn, **settings):
         lengths.append(key.shape[1])
-        return dispatch(query, key, *arguments, **settings)
+        return dispatch(query, key, *arguments, **settings | {"parallel_config": None})
 
     monkeypatch.setattr(transformer_localdit, "dispatch_attention_fn", record)
     model, inputs = tiny_transformer(num_layers=1), random_inputs(24, 24, text_tokens=19)
@@ -691,9 +692,17 @@ def test_text_is_padded_where_pytorchs_own_kernel_takes_it_and_no_gradients_are_
     with torch.no_grad():
         assert relative_error(model(**inputs).sample, expected) < 1e-6
         assert lengths == [19, -(-19 // VECTOR) * VECTOR]
+        with BaseTorchFunctionMode():
+            model(**inputs)
+        assert lengths[2:] == [16, 16, 19]  # windows, twice, and the text
+        processor = model.transformer_blocks[0].cross_attn.processor
+        monkeypatch.setattr(processor, "_parallel_config", "some", raising=False)
+        model(**inputs)
+        monkeypatch.setattr(processor, "_parallel_config", None)
+        assert lengths[5:] == [19]
         model.set_attention_backend("native")
         model(**inputs)
-    assert lengths[2:] == [16, 16, 19]  # windows, twice, and the text
+        assert lengths[6:] == [16, 16, 19]
 
 
 class TestModulation:

@@ -73,7 +73,9 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
             return super().__call__(attn, hidden_states, geometry)
         bands = split_into_bands(geometry, slab_size(hidden_states))  # of l tokens
         context, share = attn.global_context, share_of_branch(attn)
-        result, query_maps, keys, outputs = torch.empty_like(hidden_states), [], [], []
+        query_maps, keys, outputs = [], [], []
+        if context is None:
+            result = torch.empty_like(hidden_states)
         for band in bands:
             query, key, value = map(cpu.evenly_spaced, attn.project(band.take(hidden_states)))  # (B, l, C)
             output = value if value.is_contiguous() else torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -100,6 +102,7 @@ class LocalDiTCPUAttnProcessor(LocalDiTWindowAttnProcessor):
             return result
 
         query_maps = query_context(context, query_maps)
+        result = torch.empty_like(hidden_states)  # not before: the stages are where most memory is taken
         padding = keys_and_values_of_padding(context, hidden_states, geometry)
         for band, query_map, key, output in zip(bands, query_maps, keys, outputs):
             key, value = cpu.evenly_spaced(context.to_k(key)), cpu.evenly_spaced(context.to_v(key))

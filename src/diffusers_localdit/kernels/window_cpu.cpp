@@ -1,12 +1,12 @@
 // Copyright 2026 The diffusers_localdit authors. Licensed under the Apache License, Version 2.0.
 //
-// Window attention of LocalDiT and the convolutions and excitation of its global context on a CPU, in float32 and bfloat16,
-// which is computed in float32 and rounded once. cpu.py compiles and calls it.
+// Window attention of LocalDiT and the convolutions and excitation of its global context on a CPU, in float32 and
+// bfloat16, which is computed in float32 and rounded once. cpu.py compiles and calls it.
 //
 // Shape legend: B batch, l tokens, n windows, m = w * w members of a window, d channels of a head, C = heads * d.
 //
-// Tokens are read and written where they lie in the picture, or in a part of it that holds some whole rows of windows. A
-// thread takes a window, and its heads one after the other, each of which fits into the nearest caches. There a query
+// Tokens are read and written where they lie in the picture, or in a part of it that holds some whole rows of windows.
+// A thread takes a window, and its heads one after the other, each of which fits into the nearest caches. There a query
 // has a lane: tokens lie as (d, m), so that norms, rotary embedding and softmax go down columns and no sum goes across
 // lanes. The memory that the next head needs is asked for meanwhile: its m pieces are too many streams for a processor
 // to foresee.
@@ -165,13 +165,13 @@ static inline void transpose(Vec* rows) {
 
 // Attention
 
-// As cpu.py fills it in. T is the dtype. Tensors are contiguous, but for tokens that may lie further apart than C numbers.
+// As cpu.py fills it in. T is the dtype. Tensors are contiguous, but tokens may lie further apart than C numbers.
 struct Attention {
     void *query;      // (B, l, C), or on the rolled map: (B, n / across * w, across * w, C)
     void *key;        // (B, l, C)
     void *value;      // (B, l, C)
     void *output;     // (B, l, C), contiguous; may be `value`
-    void *query_map;  // prepared queries, on the rolled map, if it is not null; `key` is then overwritten by prepared keys
+    void *query_map;  // prepared queries on the rolled map, unless null; `key` is overwritten by prepared keys then
     const void *key_of_padding, *value_of_padding;  // (C,), for the context branch, if there is padding
     const float *norm_q, *norm_k;   // (d,)
     const float *bias;              // (heads, m, padded(m)): of each key to all queries
