@@ -4,7 +4,9 @@ import argparse
 import fnmatch
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from diffusers_localdit.checkpoint_io import written_whole
+from diffusers_localdit.cli import main
 from diffusers_localdit.conversion import (
     CheckpointError,
     add_arguments,
@@ -133,7 +136,9 @@ class TestGlobalContext:
     def test_every_wish_on_every_kind_of_file(self, parts, wish, outcome):
         original = tiny_original(*parts)
         if outcome is None:
-            with pytest.raises(CheckpointError, match="contradicts the file: the file carries"):
+            possible = "keep, fold" if "branch" in parts else "none" if parts else "fold, none, seed:N"
+            refusal = rf"contradicts the file: the file carries .*; possible here: auto, {possible}$"
+            with pytest.raises(CheckpointError, match=refusal):
                 convert_state_dict(original, global_context=wish)
             return
         state_dict, config, report = convert_state_dict(original, global_context=wish)
@@ -150,6 +155,7 @@ class TestGlobalContext:
             found = state_dict[after + "rel_pos_bias"]
             assert torch.equal(found, torch.zeros_like(found) if expected is None else expected)
         assert any("global_context" in name for name in state_dict) == config["use_global_context"]
+        assert ("bias tables     from the file\n" in str(report)) == ("local" in parts)
 
     @pytest.mark.parametrize("wish", ["", "Keep", "seed", "seed:", "seed:-1", "seed:x", "keep:1", "seed:1 "])
     def test_unknown_wish(self, wish):
@@ -230,6 +236,7 @@ class TestWrappedFiles:
         _, _, report = convert_state_dict(checkpoint)
         assert report.outcome == "none"
         assert report.found_in == "'model' (not 'ema')"
+        assert convert_state_dict({"model": tiny_original()})[2].found_in == "'model'"
 
     def test_extra_entries_beside_unwrapped_tensors_are_an_error(self):
         with pytest.raises(CheckpointError, match="epoch is int; expected a tensor"):
@@ -418,6 +425,16 @@ class TestWayBack:
         with pytest.raises(CheckpointError, match="exists"):
             to_original(load_original(WINDOW4).state_dict(), tmp_path / "old.pt")
         assert (tmp_path / "old.pt").read_text() == "kept"
+        (tmp_path / "folder.pt").mkdir()
+        with pytest.raises(CheckpointError, match=r"folder.pt exists and is no file"):
+            to_original(load_original(WINDOW4).state_dict(), tmp_path / "folder.pt", overwrite=True)
+        assert (tmp_path / "folder.pt").is_dir()
+
+    def test_weights_without_metadata(self, tmp_path):
+        state_dict = load_original(WINDOW4).state_dict()
+        save_file(state_dict, tmp_path / "diffusion_pytorch_model.safetensors")
+        to_original(tmp_path, tmp_path / "back.safetensors")
+        assert_equal_tensors(load_original(tmp_path / "back.safetensors").state_dict(), state_dict)
 
 
 class TestRefusals:
@@ -432,6 +449,35 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"is refused: its pickle asks for \w+.mkdir"):
             convert_checkpoint(path, tmp_path / "out")
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "a.pt is empty"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer, .* run `git lfs pull`"),
+            (b"<html>", "is no complete PyTorch checkpoint"),
+        ],
+    )
+    def test_files_that_are_no_checkpoint_are_named(self, content, message, tmp_path):
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            convert_checkpoint(tmp_path / "a.pt", tmp_path / "out")
+
+    def test_messages_are_cut_above_400_characters(self):
+        assert str(CheckpointError("ab" * 200)) == "ab" * 200
+        assert str(CheckpointError("a" * 310 + "b" * 91)) == "a" * 300 + " ... " + "b" * 90
+
+    def test_no_tensors_and_blocks_with_a_gap(self):
+        for empty in ({}, {"model": {}}):
+            with pytest.raises(CheckpointError, match="the file holds no tensors"):
+                convert_state_dict(empty)
+        for blocks, message in (
+            (r"0\.", "has 1 transformer_blocks but not number 0$"),
+            ("", "has 0 transformer_blocks$"),
+        ):
+            lost = re.compile(rf"transformer_blocks\.{blocks}")
+            with pytest.raises(CheckpointError, match=message):
+                convert_state_dict({name: x for name, x in tiny_original().items() if not lost.match(name)})
 
     def test_full_attention_pixart_is_named(self):
         model = PixArtTransformer2DModel(
@@ -452,6 +498,8 @@ class TestRefusals:
             del original[f"transformer_blocks.1.ff.net.2.{end}"]
         with pytest.raises(CheckpointError, match=r"lacks 2 keys of a LocalDiT: transformer_blocks.1.ff.net.2.bias, "):
             convert_state_dict(original)
+        with pytest.raises(CheckpointError, match=r"3 keys that no LocalDiT has: a.a, a.b, a.c$"):
+            convert_state_dict({**tiny_original(), **{f"a.{letter}": torch.zeros(1) for letter in "abc"}})
         extra = {f"y_embedder.{number}": torch.zeros(1) for number in range(5)}
         with pytest.raises(CheckpointError, match=r"5 keys that no LocalDiT has: .*y_embedder.2 and 2 more"):
             convert_state_dict({**tiny_original(), **extra})
@@ -496,6 +544,10 @@ class TestSingleFile:
         assert_equal_tensors(model.state_dict(), load_original(path, sample_size=32).state_dict())
         with pytest.raises(CheckpointError, match="use_global_context=False but the file makes it True"):
             LocalDiTTransformer2DModel.from_single_file(path, global_context="seed:1", **config)
+
+    def test_a_configuration_of_the_original_is_refused(self):
+        with pytest.raises(CheckpointError, match="needs no original_config"):
+            self.load(tiny_original(), original_config={"model": {"depth": 2}})
 
     def test_broken_files_are_refused(self, tmp_path):
         original = tiny_original()
@@ -559,6 +611,10 @@ class TestCommandLine:
         assert capsys.readouterr().out.startswith("228 keys of the original's layout written to ")
         with pytest.raises(CheckpointError, match="--window-size has no meaning with --to-original"):
             self.run(tmp_path / "out", tmp_path / "again.pt", "--to-original", "--window-size", 4)
+        written = (tmp_path / "back.pt").read_bytes()
+        (tmp_path / "back.pt").write_text("old")
+        self.run(tmp_path / "out", tmp_path / "back.pt", "--to-original", "--overwrite")
+        assert (tmp_path / "back.pt").read_bytes() == written
 
 
 class TestPipelineFolder:
@@ -584,7 +640,7 @@ class TestPipelineFolder:
             assert file.suffix == ".bin" or copied.read_bytes() == file.read_bytes()
 
     def test_it_loads_and_runs(self, source, tmp_path):
-        convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=source)
+        assert main(["convert", str(WINDOW4), str(tmp_path / "out"), "--pipeline-from", str(source)]) == 0
         pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
         assert type(pipe) is LocalDiTPipeline
         assert_equal_tensors(pipe.transformer.state_dict(), load_original(WINDOW4).state_dict())
@@ -619,7 +675,11 @@ class TestPipelineFolder:
         (tmp_path / "empty").mkdir()
         with pytest.raises(CheckpointError, match="has no folder text_encoder; expected text_encoder, tokenizer, vae"):
             convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=tmp_path / "empty")
-        assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
+        (tmp_path / "empty").rmdir()
+        shutil.copytree(source, tmp_path / "pickles", ignore=shutil.ignore_patterns("diffusion*.safetensors"))
+        with pytest.raises(CheckpointError, match=r"vae has no .safetensors weights"):
+            convert_checkpoint(WINDOW4, tmp_path / "out", pipeline_from=tmp_path / "pickles")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["pickles"]
 
     def test_a_repository_gives_what_a_folder_gives(self, source, tmp_path, monkeypatch):
         asked = {}

@@ -63,6 +63,10 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def stored_dtypes(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for path in folder.rglob("*.safetensors") for tensor in load_file(path).values()}
+
+
 def change(path: Path, **entries) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
@@ -136,6 +140,11 @@ class TestAssembly:
         expected = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.vae.state_dict().items())
 
+    def test_a_text_encoder_that_the_model_has_is_left_out(self, model, tmp_path):
+        folder = assemble_tiny(model, tmp_path / "repository", text_encoder=False)
+        assert not {"text_encoder", "tokenizer"} & {name.split("/")[0] for name in names(folder)}
+        assert LocalDiTPipeline.from_pretrained(folder).text_encoder is None
+
     def test_shards_variants_and_dtype(self, model, tmp_path):
         folder = assemble_tiny(
             model, tmp_path / "repository", dtype=torch.bfloat16, variants=["fp16"], max_shard_size=60_000
@@ -151,17 +160,34 @@ class TestAssembly:
             )
             for name, tensor in loaded.state_dict().items():
                 assert torch.equal(tensor, original[name].to(dtype))
-        assert LocalDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
+        assert stored_dtypes(folder / "transformer") == {torch.bfloat16, torch.float16}
+        assert {path.suffix for path in (folder / "transformer").iterdir()} == {".json", ".py", ".safetensors"}
+
+    def test_weights_are_stored_in_one_dtype_and_stay_in_it(self, model, repository, tmp_path):
+        cast = assemble_tiny(model, tmp_path / "cast", dtype=torch.bfloat16)
+        assert (stored_dtypes(repository), stored_dtypes(cast)) == ({torch.float32}, {torch.bfloat16})
+        assert names(cast) == names(repository)
+        split = assemble_tiny(cast, tmp_path / "split", max_shard_size=60_000)
+        assert stored_dtypes(split) == {torch.bfloat16} and len(names(split)) > len(names(cast))
+
+    def test_weights_that_cannot_be_cast_are_named(self, model, tmp_path):
+        broken = Path(shutil.copytree(model, tmp_path / "broken"))
+        (broken / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(64))
+        with pytest.raises(hub.PublishError, match="cannot load vae: "):
+            assemble_tiny(broken, tmp_path / "repository", variants=["fp16"])
+        assert not (tmp_path / "repository").exists()
 
     def test_own_variants_are_taken_over(self, model, tmp_path):
         pipe = LocalDiTPipeline.from_pretrained(model)
         pipe.save_pretrained(tmp_path / "saved")
         with torch.no_grad():
             pipe.transformer.proj_out.bias += 1
-        pipe.transformer.save_pretrained(tmp_path / "saved" / "transformer", variant="ema")
-        folder = assemble_tiny(tmp_path / "saved", tmp_path / "repository")
-        ema = LocalDiTPipeline.from_pretrained(folder, variant="ema").transformer
-        assert torch.equal(ema.proj_out.bias, pipe.transformer.proj_out.bias)
+        for variant in ("ema", "fp16"):
+            pipe.transformer.save_pretrained(tmp_path / "saved" / "transformer", variant=variant)
+        folder = assemble_tiny(tmp_path / "saved", tmp_path / "repository", variants=["fp16"])
+        for variant in ("ema", "fp16"):
+            own = LocalDiTPipeline.from_pretrained(folder, variant=variant).transformer
+            assert torch.equal(own.proj_out.bias, pipe.transformer.proj_out.bias)
 
     @pytest.mark.parametrize(
         ("spoil", "message"),
@@ -317,6 +343,11 @@ class TestPublish:
         note.write_text("a note")
         assert main([*arguments, "--dry-run", "--output", str(tmp_path / "kept")]) == 0
         assert (tmp_path / "kept" / "docs" / "more" / "note.txt").read_text() == "a note"
+
+    def test_the_text_encoder_is_left_out(self, arguments, tmp_path, monkeypatch):
+        monkeypatch.setattr(hub, "verify", lambda folder: None)
+        assert main([*arguments, "--dry-run", "--no-text-encoder", "--output", str(tmp_path / "kept")]) == 0
+        assert not (tmp_path / "kept" / "text_encoder").exists()
 
     def test_options_of_the_upload(self, arguments, monkeypatch, capsys):
         uploads = []
@@ -558,7 +589,14 @@ class TestUpload:
         before = self.head(server)
         assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny', revision='next')")
         assert self.head(server) == before
-        assert set(server.repositories["owner/tiny"].find("next").files) >= names(repository)
+        found = server.repositories["owner/tiny"]
+        published = found.find("next").files
+        assert set(published) >= names(repository)
+        # Again, onto what somebody added to the branch: old code goes, what is neither code nor weights stays.
+        theirs = {name: server.store(name, name.encode()) for name in ("old.py", "notes.txt")}
+        found.commit("next", "theirs", published | theirs)
+        assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/tiny', revision='next')")
+        assert set(found.find("next").files) == set(published) | {"notes.txt"}
 
     def test_private(self, server, worker, repository):
         assert "result" in worker.ask(f"hub.upload({str(repository)!r}, 'owner/secret', private=True)")
@@ -703,6 +741,17 @@ class TestHandler:
             for guidance in ({}, {"guidance_scale": 1.5}, {"guidance_scale": 7.0})
         )
         assert default.tobytes() == same.tobytes() != other.tobytes()
+
+    def test_without_a_seed_each_picture_is_another(self, client):
+        settings = {"height": 16, "width": 16, "num_inference_steps": 1}
+        first, second = (client.text_to_image("a red circle", **settings) for _ in range(2))
+        assert first.tobytes() != second.tobytes()
+
+    def test_large_pictures_are_made_as_large_as_the_model_can(self, client):
+        sketch = io.BytesIO()
+        Image.linear_gradient("L").resize((600, 32)).save(sketch, "PNG")
+        picture = client.image_to_image(sketch.getvalue(), prompt="a red circle", num_inference_steps=1)
+        assert picture.size == (256, 32)
 
     def test_image_to_image(self, client):
         sketch = io.BytesIO()
