@@ -23,7 +23,7 @@ from pipeline_fixtures import make_components
 from safetensors.torch import load_file
 
 import diffusers_localdit
-from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli
+from diffusers_localdit import BUNDLED_MODEL, LocalDiTImg2ImgPipeline, LocalDiTPipeline, cli, loading
 from diffusers_localdit.cli import main
 from diffusers_localdit.kernels import try_cpu_kernels
 from diffusers_localdit.loading import default_dtype
@@ -197,6 +197,16 @@ class TestErrors:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_accelerators_are_counted(monkeypatch):
+    monkeypatch.setattr(loading, "get_device", lambda: "cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert loading.usable_device(name) == torch.device(name)
+    for name in ("cuda:2", "xpu"):
+        with pytest.raises(ValueError, match=f"the device {name} is not available here; choose --device cuda"):
+            loading.usable_device(name)
+
+
 class TestGenerate:
     def test_like_repeats_a_picture_in_another_process(self, model, tmp_path, monkeypatch, capsys):
         options = ("--negative-prompt", "blue, grün", "--height", 64, "--width", 96, "--guidance-scale", 3.3)
@@ -245,6 +255,16 @@ class TestGenerate:
         assert run("generate", "a red circle on a white background", "--steps", 2, "--output", tmp_path / "a.png") == 0
         example = next(iter(sorted((BUNDLED_MODEL / "images").glob("*.png"))))
         assert read_settings(tmp_path / "a.png")["guidance_scale"] == read_settings(example)["guidance_scale"] == 1.5
+
+    def test_an_example_picture_need_not_say_its_guidance(self, model, tmp_path):
+        model = shutil.copytree(model, tmp_path / "model")
+        (model / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(
+            model / "images" / "0.png", pnginfo=settings_chunks({"prompt": "a", "seed": 1})
+        )
+        assert run("generate", "a", "--model", model, "--steps", 1, "--output", tmp_path / "a.png") == 0
+        default = inspect.signature(LocalDiTPipeline.__call__).parameters["guidance_scale"].default
+        assert read_settings(tmp_path / "a.png")["guidance_scale"] == default
 
     def test_defaults_are_those_of_the_pipeline(self, model, tmp_path):
         assert run("generate", "a", "--model", model, "--output", tmp_path / "a.png", "--seed", 7) == 0

@@ -1,5 +1,6 @@
 """Encoding for training, and `localdit precompute`: what is in the shards, and that no interruption shows in them."""
 
+import inspect
 import json
 import multiprocessing
 import random
@@ -13,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from safetensors import safe_open
 
@@ -316,6 +318,29 @@ def test_a_shard_that_is_gone_is_made_again(tmp_path):
     (tmp_path / "out" / "shard-000001.tar.tmp").write_bytes(b"half of it")
     precompute(str(data), tmp_path / "out", **arguments)
     assert files(tmp_path / "out") == before
+
+
+def test_options_of_the_command(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("diffusers_localdit.training.precompute.precompute", lambda **options: asked.append(options))
+    needed = ["precompute", "data", "out", "--image-size", "32"]
+    assert main(needed) == 0
+    parameters = inspect.signature(precompute).parameters
+    defaults = {name: each.default for name, each in parameters.items() if each.default is not inspect.Parameter.empty}
+    expected = defaults | {"data_root": "data", "output": "out", "image_size": 32, "device": get_device()}
+    assert asked == [expected]
+
+    chosen = {"pipeline": "pipe", "crop": "random", "samples_per_shard": 5, "seed": 3, "batch_size": 2}
+    chosen |= {"dtype": "bfloat16", "device": "cpu", "num_workers": 0}
+    given = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main([*needed, "--aspect-ratio-buckets", *given]) == 0
+    assert asked[1] == expected | chosen | {"aspect_ratio_buckets": True}
+    assert capsys.readouterr().out.splitlines() == ["out", "out"]
+    for wrong in ("--crop=none", "--seed=-1", "--dtype=int8"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*needed, wrong])
+    with pytest.raises(SystemExit, match="2"):
+        main(needed[:3])
 
 
 def test_more_than_a_hundredth_broken_stops(tmp_path, capsys):
