@@ -70,9 +70,15 @@ def test_merged_buckets_can_fill_a_batch(plan, global_batch_size):
         assert (merged[plan == bucket] == bucket).all()
 
 
-def test_small_buckets_go_to_the_nearest_aspect_ratio():
-    plan = np.array([0, 3, 3, 3, 4, 8, 8, 8])
-    np.testing.assert_array_equal(merge_small_buckets(plan, SIZES, 3), [3, 3, 3, 3, 3, 8, 8, 8])
+@pytest.mark.parametrize(
+    "plan, merged",
+    [
+        ([0, 3, 3, 3, 4, 8, 8, 8], [3, 3, 3, 3, 3, 8, 8, 8]),
+        ([0, 1, 1, 8, 8, 8], [1, 1, 1, 8, 8, 8]),  # together they fill a batch
+    ],
+)
+def test_small_buckets_go_to_the_nearest_aspect_ratio(plan, merged):
+    np.testing.assert_array_equal(merge_small_buckets(np.array(plan), SIZES, 3), merged)
 
 
 @given(PLANS, st.integers(1, 12), st.integers(0, 2**63), st.integers(0, 1000))

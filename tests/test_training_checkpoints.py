@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from matplotlib.axes import Axes
 from torch import nn
 
 from diffusers_localdit.checkpoint_io import CheckpointError
@@ -86,6 +87,24 @@ def test_full_disk_at_any_part_leaves_the_earlier_ones(part, tmp_path, accelerat
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
+def test_full_disk_before_there_is_any(tmp_path, accelerator, monkeypatch):
+    with pytest.raises(CheckpointError, match="; there is no earlier one; make room"):
+        save(tmp_path, 1, accelerator, monkeypatch, fail_in="state")
+
+
+def test_what_can_be_done_about_a_damaged_one(tmp_path):
+    """As in a real run's test, but with every place in the row."""
+    steps = [make_checkpoint(tmp_path, f"step_{step:08d}") for step in (1, 2, 3)]
+    for checkpoint, todo in zip(steps, ("start anew", f"go on from {steps[0]}", f"go on from {steps[1]}")):
+        message = f"{checkpoint} cannot be read .*; if it is damaged, remove it to {todo}"
+        with pytest.raises(CheckpointError, match=message), module.complete(checkpoint):
+            raise EOFError("Ran out of input")
+    with pytest.raises(CheckpointError, match="remove it to start anew"), module.complete(tmp_path / "copied"):
+        raise RuntimeError("PytorchStreamReader failed reading zip archive")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), module.complete(steps[0]):
+        raise RuntimeError("shapes differ")
+
+
 def test_faults_of_ours_are_not_taken_for_a_full_disk(tmp_path, accelerator, monkeypatch):
     monkeypatch.setattr(accelerator, "save_state", lambda path: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent"):
@@ -125,6 +144,27 @@ class TestMetrics:
         save_plot(rows, tmp_path / "a.png")
         save_plot(rows, tmp_path / "b.png")
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    @pytest.mark.parametrize("count", [200, 999])
+    def test_plot_shows_means_and_the_validation_loss(self, count, tmp_path, monkeypatch):
+        lines = {}
+
+        def plot(axes, steps, losses, label):
+            lines[label] = dict(zip(steps, losses, strict=True))
+            return drawn(axes, steps, losses, label=label)
+
+        drawn = Axes.plot
+        monkeypatch.setattr(Axes, "plot", plot)
+        rows = [{"step": step, "loss": 1 / step} for step in range(1, count + 1)]
+        rows[3]["validation_loss"] = 0.5
+        save_plot(rows, tmp_path / "loss.png")
+        width = -(-count // 200)
+        name = {1: "training, mean of 1 step", 5: "training, mean of 5 steps"}[width]
+        training = lines.pop(name)
+        (validation,) = lines.values()
+        assert validation == {4: 0.5}
+        assert len(training) == 200 and list(training)[-1] == count
+        assert training[width] == pytest.approx(sum(1 / step for step in range(1, width + 1)) / width)
 
     def test_full_disk_is_said_with_the_file(self, tmp_path):
         metrics = Metrics(tmp_path / "metrics.jsonl", step=0)

@@ -15,7 +15,7 @@ from diffusers_localdit.training.dataset import (
     draw_timestep,
     training_loader,
 )
-from diffusers_localdit.training.random import Stream, sample_generator
+from diffusers_localdit.training.random import Stream, sample_generator, stream_seed
 from diffusers_localdit.training.shards import DataError, write_shard
 from diffusers_localdit.training.sources import open_source
 
@@ -180,6 +180,18 @@ def test_streams_of_random_numbers_are_apart():
     keys = [(seed, epoch, index, which) for seed in (0, 1) for epoch in (0, 1) for index in (0, 1) for which in Stream]
     drawn = {torch.randint(2**62, (), generator=sample_generator(*key)).item() for key in keys}
     assert len(drawn) == len(keys)
+
+
+def test_random_numbers_are_those_of_runs_that_were_begun_earlier():
+    assert {stream.name: int(stream) for stream in Stream} == {
+        "NOISE": 0,
+        "TIMESTEP": 1,
+        "CROP": 2,
+        "CAPTION_DROPOUT": 3,
+        "ORDER": 4,
+    }
+    seeds = [stream_seed(0), stream_seed(1, 2, 3, Stream.NOISE), stream_seed(2**63, 0, Stream.ORDER)]
+    assert seeds == [15793235383387715774, 12997252459554536576, 5686440198972674896]
 
 
 def test_broken_samples_are_named_and_stand_for_nothing(folder):

@@ -148,6 +148,13 @@ class TestDeepSpeed:
         assert norms["run"] == pytest.approx(norms["plain"], rel=1e-5)
         assert norms["run"] != pytest.approx(norms["exact"], rel=1e-5)
 
+    def test_gradients_without_a_limit(self, data, tmp_path):
+        settings = SETTINGS | {"batch_size": 4, "max_grad_norm": "none"}
+        Training(data, tmp_path / "plain", **settings).finish()
+        (process,) = run_processes(data, tmp_path / "run", count=1, env=DEEPSPEED, **settings)
+        process.finish()
+        assert_follows(tmp_path / "run", tmp_path / "plain")
+
     def test_divided_weights_are_refused(self, data, tmp_path):
         env = DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
         (process,) = run_processes(data, tmp_path / "run", count=1, env=env)

@@ -220,6 +220,16 @@ def test_accumulated_batches_and_the_options_of_the_recipe(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "mixed", 1).values())
 
 
+def test_gradients_without_a_limit(tmp_path):
+    data = write_shard(tmp_path / "data")
+    settings = {"steps": 3, "warmup_steps": 0, "validate_every": 3}
+    for limit in (0.1, 1e9, "none"):
+        Training(data, tmp_path / str(limit), max_grad_norm=limit, **settings).finish()
+    assert rows(tmp_path / "none")[0]["gradient_norm"] > 0.1
+    assert_same_run(tmp_path / "none", tmp_path / "1000000000.0", step=3)
+    assert (tmp_path / "none" / "metrics.jsonl").read_bytes() != (tmp_path / "0.1" / "metrics.jsonl").read_bytes()
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     data = write_shard(tmp_path / "data")
     settings = {"steps": 3, "warmup_steps": 0, "validate_every": 3}

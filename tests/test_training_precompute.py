@@ -279,9 +279,10 @@ def test_settings_that_cannot_be_used_are_not_kept(tmp_path):
     with pytest.raises(ValueError, match="the image size is 40; expected a multiple of 16"):
         precompute(str(data), tmp_path / "out", image_size=40)
     assert not (tmp_path / "out").exists()
-    precompute(str(data), tmp_path / "out", image_size=48, num_workers=0)
+    out = tmp_path / "a folder" / "out"
+    precompute(str(data), out, image_size=48, num_workers=0)
     with pytest.raises(ValueError, match="out is precomputed already"):
-        precompute(str(tmp_path / "out"), tmp_path / "again", image_size=48)
+        precompute(str(out), tmp_path / "again", image_size=48)
 
 
 def test_a_full_disk_leaves_whole_shards(tmp_path):
@@ -316,6 +317,8 @@ def test_a_shard_that_is_gone_is_made_again(tmp_path):
     before = files(tmp_path / "out")
     (tmp_path / "out" / "shard-000001.tar").unlink()
     (tmp_path / "out" / "shard-000001.tar.tmp").write_bytes(b"half of it")
+    with (tmp_path / "out" / "broken.txt").open("ab") as broken:
+        broken.write(b"19")  # of sample 190: the process was killed while it wrote
     precompute(str(data), tmp_path / "out", **arguments)
     assert files(tmp_path / "out") == before
 

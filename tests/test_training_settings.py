@@ -117,6 +117,9 @@ class TestRefusals:
             (("--learning-rate", "nan"), ["learning_rate", "number"]),
             (("--learning-rate", "none"), ["learning_rate", "number"]),
             (("--caption-dropout", "1.5"), ["caption_dropout", "0 to 1"]),
+            (("--adam-beta2", "1"), ["adam_beta2", "less than 1"]),
+            (("--max-grad-norm", "0"), ["max_grad_norm", "more than 0", "none"]),
+            (("--snr-gamma", "0"), ["snr_gamma", "more than 0", "none"]),
             (("--snr-gamma", "5", "--p2-gamma", "1"), ["snr_gamma and p2_gamma", "none"]),
             (("--crop", "centre"), ["crop", "center, random", "did you mean 'center'?"]),
             (("--architecture", "3"), ["name: value"]),
@@ -126,6 +129,28 @@ class TestRefusals:
     def test_wrong_values(self, arguments, parts, capsys):
         message = refusal(capsys, *arguments)
         assert all(part in message for part in parts), message
+
+    @pytest.mark.parametrize(
+        "lowest, names",
+        [
+            (
+                0,
+                "caption_dropout num_workers learning_rate warmup_steps decay_steps adam_beta2 weight_decay ema_decay"
+                " logit_normal_timesteps p2_gamma noise_offset seed validation_samples",
+            ),
+            (
+                1,
+                "steps batch_size gradient_accumulation_steps lora_rank text_tokens checkpoint_every keep_checkpoints"
+                " validate_every",
+            ),
+            (16, "image_size"),
+        ],
+    )
+    def test_lowest_values(self, lowest, names, capsys):
+        for name in names.split():
+            flag = f"--{name.replace('_', '-')}"
+            assert getattr(settings_of(flag, lowest), name) == lowest
+            assert f"{name} must be at least {lowest} but is" in refusal(capsys, f"{flag}={lowest - 1}")
 
     @pytest.mark.parametrize("content", ["a: b: c", "- 1", "1: 2", b"\xff\xfe\x00"])
     def test_files_that_are_no_settings(self, content, tmp_path, capsys):
@@ -143,6 +168,8 @@ class TestRefusals:
             ("compile", 1, "compile must be true or false"),
             ("steps", float("inf"), "steps must be a whole number but is inf"),
             ("learning_rate", 10**400, "learning_rate must be a number but is 1000"),
+            ("validation_prompts", "a cat", "validation_prompts must be a list of texts but is 'a cat'"),
+            ("validation_prompts", ["a cat", 2], "validation_prompts must be a list of texts but is ['a cat', 2]"),
         ],
     )
     def test_kinds_in_files(self, name, value, message, tmp_path, capsys):

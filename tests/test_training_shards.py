@@ -129,6 +129,9 @@ def test_braces_and_wildcards(tmp_path):
     assert expand(f"{tmp_path}/b-{{1,*}}.tar") == [f"{tmp_path}/b-1.tar", f"{tmp_path}/b-0.tar"]
     assert expand(f"{tmp_path}/c{{x}}.tar") == [f"{tmp_path}/c{{x}}.tar"]
     assert expand(f"{tmp_path}/d[{{1..1}}].tar") == [f"{tmp_path}/d[1].tar"]  # which matches d1.tar otherwise
+    (tmp_path / "e" / "f").mkdir(parents=True)
+    (tmp_path / "e" / "f" / "b-2.tar").touch()
+    assert expand(f"{tmp_path}/**/b-*.tar") == [f"{tmp_path}/{name}" for name in ("b-0.tar", "b-1.tar", "e/f/b-2.tar")]
     with pytest.raises(DataError, match=r"b-2\.tar matches no file"):
         expand(f"{tmp_path}/b-{{0..2}}.tar")
 

@@ -147,6 +147,7 @@ def test_datasets(tmp_path):
         {"number": datasets.Value("int64"), "image": datasets.Image(), "text": datasets.Value("string")}
     )
     source = DatasetsSource(datasets.Dataset.from_dict(rows, features=features), "me/shapes")
+    assert len(source) == 4
     assert [source.read(index).picture for index in (0, 1)] == [picture(0), picture(1)]
     assert [source.read(index).caption for index in (0, 1)] == ["first", "second"]
     assert [source.size(index) for index in (0, 1)] == [(10, 20), (11, 20)]
@@ -154,8 +155,15 @@ def test_datasets(tmp_path):
         for row in (2, 3):
             with pytest.raises(BrokenSample, match=f"me/shapes row {row}: has no picture"):
                 read(row)
-    with pytest.raises(DataError, match="me/text has the columns number; expected one of images and one named text"):
-        DatasetsSource(datasets.Dataset.from_dict({"number": [1]}), "me/text")
+    whole = source.fingerprint()
+    for part in (["number"], ["number", "text"], ["image"]):
+        columns = datasets.Dataset.from_dict(
+            {name: rows[name] for name in part}, datasets.Features({name: features[name] for name in part})
+        )
+        message = f"me/part has the columns {', '.join(part)}; expected one of images and one named text"
+        with pytest.raises(DataError, match=message):
+            DatasetsSource(columns, "me/part")
+    assert DatasetsSource(datasets.Dataset.from_dict(rows, features).select([0]), "me/shapes").fingerprint() != whole
 
 
 def test_name_that_is_nothing_here_is_taken_for_a_data_set(monkeypatch):
@@ -197,16 +205,18 @@ def test_broken_samples_in_shards(tmp_path):
         ("3", {"png": picture(0), "json": b"{"}),
         ("4", {"png": picture(0), "json": b'{"label": 1}'}),
         ("5", {"png": picture(0), "json": b'{"text": ["a", "b"]}'}),
-        ("6", {"png": b"no picture", "txt": b"caption"}),
+        ("6", {"png": picture(0), "json": b'["text", "caption"]'}),
+        ("7", {"png": b"no picture", "txt": b"caption"}),
     ]
     write_shard(tmp_path / "a.tar", samples)
     source = open_source(tmp_path / "a.tar")
     reasons = ["has no member jpg", "has no member txt", "no JSON", "has no caption", "no text but a list"]
+    reasons += ["has no caption"]
     for index, reason in enumerate(reasons, start=1):
         with pytest.raises(BrokenSample, match=rf"^a\.tar/{index}: .*{reason}"):
             source.read(index)
-    with pytest.raises(BrokenSample, match=r"a\.tar/6: is no picture"):
-        source.size(6)
+    with pytest.raises(BrokenSample, match=r"a\.tar/7: is no picture"):
+        source.size(7)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(BrokenSample, match=r"a\.tar sample 0: cannot be read"):
         source.read(0)
@@ -246,6 +256,11 @@ def test_fingerprints_tell_data_sets_apart_and_not_places(tmp_path):
     assert open_source(tmp_path / "b").fingerprint() == first
     write_folder(tmp_path / "b", ["new.png"])
     assert open_source(tmp_path / "b").fingerprint() != first
+    listed = []
+    for text in ("a caption", "another"):
+        (tmp_path / "a" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.JPG", "text": text}))
+        listed.append(open_source(tmp_path / "a").fingerprint())
+    assert len({first, *listed}) == 3
     one = open_source(tmp_path / "c.tar").fingerprint()
     write_shard(tmp_path / "c.tar", [shard_members(0), shard_members(1)])
     assert open_source(tmp_path / "c.tar").fingerprint() != one

@@ -81,7 +81,7 @@ def configure_deepspeed(accelerator: Accelerator, settings: TrainingSettings) ->
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "gradient_clipping": settings.max_grad_norm,
+        "gradient_clipping": settings.max_grad_norm or 0.0,  # which is DeepSpeed's word for none
         "torch_autocast": {"enabled": settings.mixed_precision == "bf16", "dtype": "bfloat16"},
         "bf16": {"enabled": False},  # which would round the weights
         "fp16": {"enabled": False},

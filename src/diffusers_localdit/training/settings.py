@@ -87,7 +87,9 @@ class TrainingSettings:
     )
     adam_beta2: float = option(0.999, "of AdamW", minimum=0)
     weight_decay: float = option(0.03, "of the optimizer", minimum=0)
-    max_grad_norm: float = option(0.01, "where the norm of the gradient is cut", minimum=0)
+    max_grad_norm: float | None = option(
+        0.01, "where the norm of the gradient is cut; none for gradients as they are", minimum=0
+    )
     ema_decay: float | None = option(0.9999, "of the average of the weights; none for no average", minimum=0)
     logit_normal_timesteps: float = option(0.0, "share of timesteps around the middle; others are uniform", minimum=0)
     snr_gamma: float | None = option(None, "weight the loss by min-SNR with this gamma", minimum=0)
@@ -120,6 +122,11 @@ class TrainingSettings:
         for name in ("caption_dropout", "adam_beta2", "ema_decay", "logit_normal_timesteps"):
             if (getattr(self, name) or 0) > 1:
                 raise ValueError(f"{name} must be from 0 to 1 but is {getattr(self, name)}")
+        if self.adam_beta2 == 1:
+            raise ValueError("adam_beta2 must be less than 1: AdamW would divide by 0")
+        for name in ("max_grad_norm", "snr_gamma"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be more than 0, with which nothing is learnt; none turns it off")
         if self.snr_gamma is not None and self.p2_gamma is not None:
             raise ValueError("snr_gamma and p2_gamma are two ways to weight the same loss: set one of them to none")
 

@@ -188,6 +188,7 @@ def train(
         accelerator.init_trackers("localdit", config=config)
 
     # 5. Train
+    largest_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     batches = iter(loader)
     with tqdm(total=settings.steps, initial=step, disable=not accelerator.is_main_process) as progress:
         while step < settings.steps:
@@ -206,7 +207,7 @@ def train(
             loss /= global_batch_size * settings.gradient_accumulation_steps
             if num_complaints > 0:
                 broken.add(accelerator, complaints)
-            norm = as_number(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+            norm = as_number(accelerator.clip_grad_norm_(model.parameters(), largest_norm))
             # In float16 a gradient that overflows is the scaler's affair: it leaves the step out and scales down.
             if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
                 stop_diverged(step + 1, loss, norm, names, losses, latest_checkpoint(checkpoint_folder))
