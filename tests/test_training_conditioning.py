@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_prompts_are_encoded_once_and_as_the_pipeline_does(shards, monkeypatch):
     monkeypatch.setattr("diffusers_localdit.training.conditioning.encode_captions", refuse)
     for kept, embeds in zip(make(shards, [PROMPT, "a blue square"]).prompt_embeds, both.prompt_embeds):
         assert kept.equal(embeds)
+
+
+def test_vae_of_another_scale_is_refused(tmp_path, monkeypatch):
+    other = SimpleNamespace(vae_scale_factor=16)
+    monkeypatch.setattr("diffusers_localdit.training.conditioning.load_parts", lambda *_, **__: other)
+    with pytest.raises(ValueError, match="the VAE of mine makes one of 16 pixels, not of 8"):
+        Conditioning("mine", str(tmp_path), False, [], tmp_path / "prompts.safetensors", CPU)
 
 
 def test_without_a_pipeline(shards):

@@ -147,7 +147,7 @@ class TestBeforeTheFirstStep:
         [
             (False, "seed", 0, "asks for DeepSpeed: pip install deepspeed"),
             (True, "optimizer", "muon", "take adamw, or FSDP"),
-            (True, "mixed_precision", "fp16", "give --mixed-precision bf16 or no"),
+            (True, "mixed_precision", "fp16", "with DeepSpeed give --mixed-precision bf16 or no"),
         ],
     )
     def test_deepspeed(self, installed, name, value, expected, data, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Which weights a run starts from, what it trains of them, and how much memory that takes."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.profiler import ProfilerActivity, profile
 from training_inputs import (  # noqa: F401
     Training,
@@ -18,7 +20,7 @@ from training_inputs import (  # noqa: F401
 )
 
 from diffusers_localdit import BUNDLED_MODEL, LocalDiTPipeline, LocalDiTTransformer2DModel
-from diffusers_localdit.training.models import build_transformer, memory_estimate
+from diffusers_localdit.training.models import build_transformer, compile_blocks, memory_estimate
 from diffusers_localdit.training.settings import TrainingSettings
 from diffusers_localdit.training.train import main
 
@@ -66,8 +68,9 @@ class TestStages:
 
     def test_architecture_has_to_fit(self, stage):
         settings = TrainingSettings(init_from=str(stage), architecture={"num_layers": 3})
-        with pytest.raises(ValueError, match=r"num_layers: 3, but the weights of .* have 2"):
-            build_transformer(settings)
+        for changes in ({}, {"lora_rank": 2}):
+            with pytest.raises(ValueError, match=r"num_layers: 3, but the weights of .* have 2"):
+                build_transformer(settings.replace(**changes))
 
     def test_nothing_to_start_from(self, tmp_path):
         with pytest.raises(ValueError, match="holds no transformer"):
@@ -216,7 +219,11 @@ def test_accumulated_batches_and_the_options_of_the_recipe(tmp_path):
     # The samples are not those of a batch of four, but at the start the loss is the variance of the noise for all.
     assert plain["loss"] == pytest.approx(1, abs=0.1) and halves["loss"] == pytest.approx(1, abs=0.1)
     assert mixed["loss"] < 0.5  # of most timesteps min-SNR leaves little
-    assert list((tmp_path / "mixed").rglob("events.out.tfevents*"))
+    (events,) = (tmp_path / "mixed").rglob("localdit/events.out.tfevents*")
+    tracked = EventAccumulator(str(events)).Reload()
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        (event,) = tracked.Scalars(name)
+        assert event.step == 1 and event.value == pytest.approx(mixed[name])
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "mixed", 1).values())
 
 
@@ -228,6 +235,35 @@ def test_gradients_without_a_limit(tmp_path):
     assert rows(tmp_path / "none")[0]["gradient_norm"] > 0.1
     assert_same_run(tmp_path / "none", tmp_path / "1000000000.0", step=3)
     assert (tmp_path / "none" / "metrics.jsonl").read_bytes() != (tmp_path / "0.1" / "metrics.jsonl").read_bytes()
+
+
+def test_gradient_norm_that_is_not_finite_stops(tmp_path):
+    """Of a loss that still is."""
+    data = write_shard(tmp_path / "data")
+    torch.manual_seed(0)
+    model = LocalDiTTransformer2DModel(**TINY, sample_size=4)
+    with torch.no_grad():
+        model.proj_out.weight *= 1e17  # the square of a gradient is more than float32 holds
+    model.save_pretrained(tmp_path / "stage")
+    message = Training(data, tmp_path / "run", init_from=tmp_path / "stage").error()
+    loss, norm = re.search("the loss is (.*) and the norm of the gradient (.*), with the batch", message).groups()
+    assert 1e30 < float(loss) < 1e38 and norm == "inf"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_gradient_checkpointing_is_what_the_settings_say(on):
+    model = build_transformer(TrainingSettings(architecture=TINY, gradient_checkpointing=on))
+    assert model.is_gradient_checkpointing is on and model.training
+
+
+def test_blocks_are_compiled_with_room_for_all_sizes(monkeypatch):
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 10)
+    model = build_transformer(TrainingSettings(architecture=TINY))
+    compile_blocks(model, num_sizes=5)
+    assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+    assert torch._dynamo.config.recompile_limit == 8 + 4 * 5
+    compile_blocks(model, num_sizes=1)
+    assert torch._dynamo.config.recompile_limit == 8 + 4 * 5
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

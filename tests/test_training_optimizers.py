@@ -90,6 +90,8 @@ def test_memory_of_the_state(transformer):
     optimizer.step()
     tensors = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     assert memory_estimate(transformer, MUON)["optimizer"] == sum(t.nbytes for t in tensors)
+    in_bytes = memory_estimate(transformer, MUON.replace(optimizer="adamw_8bit"))["optimizer"]
+    assert in_bytes == 2 * transformer.num_parameters()
 
 
 def test_stopped_run_ends_as_the_uninterrupted_one(tmp_path):

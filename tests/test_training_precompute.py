@@ -315,7 +315,8 @@ def test_a_shard_that_is_gone_is_made_again(tmp_path):
     arguments = {"image_size": 32, "samples_per_shard": 50, "num_workers": 0}
     precompute(str(data), tmp_path / "out", **arguments)
     before = files(tmp_path / "out")
-    (tmp_path / "out" / "shard-000001.tar").unlink()
+    for number in (1, 3):  # one with a sample that is broken
+        (tmp_path / "out" / f"shard-{number:06}.tar").unlink()
     (tmp_path / "out" / "shard-000001.tar.tmp").write_bytes(b"half of it")
     with (tmp_path / "out" / "broken.txt").open("ab") as broken:
         broken.write(b"19")  # of sample 190: the process was killed while it wrote

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from training_inputs import CHANNELS, own_process_as_before, rewrite_sample, write_shard  # noqa: F401
 
 from diffusers_localdit import LocalDiTTransformer2DModel
+from diffusers_localdit.training.buckets import buckets
 from diffusers_localdit.training.conditioning import Conditioning
 from diffusers_localdit.training.objective import training_scheduler
 from diffusers_localdit.training.settings import TrainingSettings
@@ -34,6 +35,18 @@ def transformer() -> LocalDiTTransformer2DModel:
     return LocalDiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=12, num_layers=2, caption_channels=CHANNELS
     )
+
+
+def test_what_the_settings_say_of_the_data(monkeypatch, tmp_path):
+    monkeypatch.setattr("diffusers_localdit.training.train.TrainingDataset", lambda *args, **options: (args, options))
+    said = {"seed": 3, "crop": "random", "caption_dropout": 0.2, "logit_normal_timesteps": 0.5}
+    settings = TrainingSettings(
+        output=str(tmp_path), image_size=64, aspect_ratio_buckets=True, architecture={"in_channels": 16}, **said
+    )
+    of_the_model = {"latent_channels": 16, "spatial_scale": 8, "num_train_timesteps": 1000}
+    arguments, options = build_dataset(settings, "a source", 12)
+    assert arguments == ("a source", buckets(64, 16))
+    assert options == said | of_the_model | {"global_batch_size": 12, "size_cache": tmp_path / "sizes.json"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"seed": 7, "caption_dropout": 1.0, "crop": "random", "noise_offset": 0.5}])
