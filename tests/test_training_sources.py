@@ -83,6 +83,12 @@ def test_imagefolder(tmp_path):
             source.read(index)
 
 
+def test_imagefolder_with_names_that_are_no_utf8(tmp_path):
+    (tmp_path / "\udcff.png").write_bytes(picture(0))
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "\xff.png", "text": "a caption"}\n')
+    assert open_source(tmp_path).read(0).picture == picture(0)
+
+
 @pytest.mark.parametrize("caption", ["txt", "cap", "json"])
 @pytest.mark.parametrize("root", ["", "/*.tar", "/s-{0..1}.tar"])
 def test_shards(tmp_path, caption, root):
