@@ -22,6 +22,7 @@ from training_inputs import (  # noqa: F401
 
 from diffusers_localdit.cli import main as localdit
 from diffusers_localdit.training import train
+from diffusers_localdit.training.buckets import buckets
 from diffusers_localdit.training.engine import BrokenSamples
 from diffusers_localdit.training.train import main
 
@@ -132,6 +133,15 @@ class TestBeforeTheFirstStep:
         monkeypatch.setattr(train, "open_source", open_source)
         assert "opened in turn" in refusal(capsys, *arguments(data, tmp_path / "run"))
 
+    def test_compiled_run_pads_captions_and_compiles(self, data, tmp_path, capsys, monkeypatch):
+        def compile_blocks(transformer, num_sizes):
+            raise ValueError(f"compiled for {num_sizes} sizes")
+
+        monkeypatch.setattr(train, "compile_blocks", compile_blocks)
+        words = arguments(data, tmp_path / "run", compile=True, text_tokens=5, aspect_ratio_buckets=True)
+        sizes = len(buckets(32, 16))
+        assert sizes > 1 and f"compiled for {sizes} sizes" in refusal(capsys, *words)
+
     def test_debug_shows_the_traceback(self, data, tmp_path, capsys):
         words = arguments(data, tmp_path / "run", image_size=40)
         assert main([*words, "--debug"], prog="train") == 2
@@ -154,6 +164,13 @@ class TestBeforeTheFirstStep:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setattr("diffusers_localdit.training.engine.is_deepspeed_available", lambda: installed)
         assert expected in refusal(capsys, *arguments(data, tmp_path / "run", **{name: value}))
+
+
+def test_captions_longer_than_all_are_padded_to(data, tmp_path):
+    """Which a compiled run notices before it compiles anything, and no other run pads them."""
+    message = Training(data, tmp_path / "run", compile=True, text_tokens=2).error()
+    assert "a caption has 3 tokens, more than text_tokens: 2; give a larger --text-tokens" in message
+    Training(data, tmp_path / "plain", text_tokens=2, steps=1).finish()
 
 
 def test_command_and_script_say_the_same(capsys):

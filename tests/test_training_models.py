@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -225,6 +226,39 @@ def test_accumulated_batches_and_the_options_of_the_recipe(tmp_path):
         (event,) = tracked.Scalars(name)
         assert event.step == 1 and event.value == pytest.approx(mixed[name])
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "mixed", 1).values())
+
+
+def test_average_is_that_of_the_weights_after_each_step(tmp_path):
+    data, steps = write_shard(tmp_path / "data"), range(1, 5)
+    torch.manual_seed(0)
+    start = LocalDiTTransformer2DModel(**TINY, sample_size=4)
+    start.save_pretrained(tmp_path / "stage")
+    settings = {"steps": 4, "warmup_steps": 0, "checkpoint_every": 1, "keep_checkpoints": 4}
+    Training(data, tmp_path / "run", init_from=tmp_path / "stage", **settings).finish()
+    average = EMAModel(start.parameters(), decay=0.9)
+    for step in steps:
+        start.load_state_dict(weights(tmp_path / "run", step))
+        average.step(start.parameters())
+        saved = weights(tmp_path / "run", step, ".ema")
+        for (name, _), expected in zip(start.named_parameters(), average.shadow_params, strict=True):
+            assert saved[name].equal(expected), (name, step)
+
+
+def test_without_average(tmp_path):
+    """Stopped and resumed, too."""
+    data, settings = write_shard(tmp_path / "data"), {"ema_decay": "none", "validate_every": 4}
+    Training(data, tmp_path / "averaged", steps=4, validate_every=4).finish()
+    Training(data, tmp_path / "whole", steps=4, **settings).finish()
+    for steps in (2, 4):
+        Training(data, tmp_path / "parts", steps=steps, **settings).finish()
+    checkpoints = [tmp_path / run / "checkpoints" / "step_00000004" for run in ("averaged", "whole", "parts")]
+    names = [[path.name for path in sorted(checkpoint.rglob("*.safetensors"))] for checkpoint in checkpoints]
+    name = "diffusion_pytorch_model.safetensors"
+    assert names == [["diffusion_pytorch_model.ema.safetensors", name], [name], [name]]
+    averaged, whole, parts = (weights(tmp_path / run, 4) for run in ("averaged", "whole", "parts"))
+    assert all(averaged[name].equal(whole[name]) and parts[name].equal(whole[name]) for name in whole)
+    model = build_transformer(TrainingSettings(init_from=str(tmp_path / "parts"), image_size=32))
+    assert model.proj_out.weight.equal(whole["proj_out.weight"])
 
 
 def test_gradients_without_a_limit(tmp_path):

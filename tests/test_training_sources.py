@@ -140,26 +140,27 @@ def test_shards_of_a_server_are_fetched_once(tmp_path):
 def test_datasets(tmp_path):
     (tmp_path / "file.png").write_bytes(picture(1))
     rows = {
-        "number": [0, 1, 2, 3],
+        "number": [0, 1, 2, 3, 4],
         "image": [
             {"bytes": picture(0), "path": None},
             {"bytes": None, "path": str(tmp_path / "file.png")},
             None,
             {"bytes": b"", "path": None},
+            {"bytes": None, "path": str(tmp_path / "gone.png")},
         ],
-        "text": ["first", "second", "third", "fourth"],
+        "text": ["first", "second", "third", "fourth", "fifth"],
     }
     features = datasets.Features(
         {"number": datasets.Value("int64"), "image": datasets.Image(), "text": datasets.Value("string")}
     )
     source = DatasetsSource(datasets.Dataset.from_dict(rows, features=features), "me/shapes")
-    assert len(source) == 4
+    assert len(source) == 5
     assert [source.read(index).picture for index in (0, 1)] == [picture(0), picture(1)]
     assert [source.read(index).caption for index in (0, 1)] == ["first", "second"]
     assert [source.size(index) for index in (0, 1)] == [(10, 20), (11, 20)]
     for read in (source.read, source.size):
-        for row in (2, 3):
-            with pytest.raises(BrokenSample, match=f"me/shapes row {row}: has no picture"):
+        for row, reason in ((2, "has no picture"), (3, "has no picture"), (4, "cannot be read .No such file")):
+            with pytest.raises(BrokenSample, match=f"me/shapes row {row}: {reason}"):
                 read(row)
     whole = source.fingerprint()
     for part in (["number"], ["number", "text"], ["image"]):
@@ -183,6 +184,10 @@ def test_name_that_is_nothing_here_is_taken_for_a_data_set(monkeypatch):
     with pytest.raises(DataError, match=r"no data set of that name can be loaded: no network$"):
         open_source("me/shapes")
     assert asked == [("me/shapes", "train")]
+    for path in ("./shapes", "/nowhere", "a/longer/path"):
+        with pytest.raises(DataError, match=f"{path} does not exist"):
+            open_source(path)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
