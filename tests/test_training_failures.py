@@ -142,6 +142,25 @@ class TestBeforeTheFirstStep:
         sizes = len(buckets(32, 16))
         assert sizes > 1 and f"compiled for {sizes} sizes" in refusal(capsys, *words)
 
+    @pytest.mark.parametrize(
+        "error, code, message",
+        [
+            (KeyboardInterrupt(), 130, "interrupted; run the same command to go on"),
+            (
+                torch.OutOfMemoryError("CUDA"),
+                2,
+                "out of memory: try --gradient-checkpointing, or a smaller --batch-size",
+            ),
+        ],
+    )
+    def test_what_happens_to_a_run(self, error, code, message, data, tmp_path, capsys, monkeypatch):
+        def run(*_):
+            raise error
+
+        monkeypatch.setattr(train, "train", run)
+        assert main(arguments(data, tmp_path / "run"), prog="train") == code
+        assert capsys.readouterr().err.startswith(f"train: error: {message}")
+
     def test_debug_shows_the_traceback(self, data, tmp_path, capsys):
         words = arguments(data, tmp_path / "run", image_size=40)
         assert main([*words, "--debug"], prog="train") == 2
