@@ -119,6 +119,33 @@ class TestLimits:
             check_settings(SETTINGS | change, ranges)
         assert str(error.value) == message
 
+    def test_settings_at_the_ends_of_their_ranges(self, ranges):
+        lowest = {"width": 16, "height": 16, "steps": 1, "guidance_scale": 1.0, "strength": 1.0, "seed": 0}
+        highest = {
+            "width": 256,
+            "height": 256,
+            "steps": 50,
+            "guidance_scale": 20.0,
+            "strength": 1.0,
+            "seed": 2**32 - 1,
+        }
+        weakest = highest | {"strength": 0.05}
+        for ends in (lowest, highest, weakest):
+            assert check_settings(SETTINGS | ends, ranges) == SETTINGS | ends
+        for name, beyond in (("guidance_scale", 0.9), ("guidance_scale", 20.1), ("strength", 0.04), ("strength", 1.1)):
+            with pytest.raises(ValueError, match=f"must be a number from .* but is {beyond}"):
+                check_settings(SETTINGS | {name: beyond}, ranges)
+        for name, beyond in (
+            ("width", 0),
+            ("height", 272),
+            ("steps", 0),
+            ("steps", 51),
+            ("seed", -1),
+            ("seed", 2**32),
+        ):
+            with pytest.raises(ValueError, match=f"must be a whole number from .* but is {beyond}"):
+                check_settings(SETTINGS | {name: beyond}, ranges)
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -332,6 +359,16 @@ class TestPage:
         with pytest.raises(gradio.Error) as error:
             self.run(page, **change)
         assert error.value.message == message
+
+    def test_too_little_memory_is_a_message(self, page, monkeypatch):
+        def paint(*_):
+            yield Step(1, 3)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(page.painter, "paint", paint)
+        with pytest.raises(gradio.Error) as error:
+            self.run(page)
+        assert error.value.message == "Out of memory: choose a smaller size"
 
 
 class TestServer:
