@@ -679,10 +679,11 @@ def test_keys_that_fill_vectors_have_no_weight(length, last, dtype, queries):
 
 
 def test_text_is_padded_where_pytorchs_own_kernel_takes_it_and_no_gradients_are_kept(monkeypatch):
-    lengths = []
+    lengths, parallel = [], []
 
     def record(query, key, *arguments, dispatch=transformer_localdit.dispatch_attention_fn, **settings):
         lengths.append(key.shape[1])
+        parallel.append(settings["parallel_config"])
         return dispatch(query, key, *arguments, **settings | {"parallel_config": None})
 
     monkeypatch.setattr(transformer_localdit, "dispatch_attention_fn", record)
@@ -699,7 +700,7 @@ def test_text_is_padded_where_pytorchs_own_kernel_takes_it_and_no_gradients_are_
         monkeypatch.setattr(processor, "_parallel_config", "some", raising=False)
         model(**inputs)
         monkeypatch.setattr(processor, "_parallel_config", None)
-        assert lengths[5:] == [19]
+        assert lengths[5:] == [19] and parallel == [None] * 5 + ["some"]
         model.set_attention_backend("native")
         model(**inputs)
         assert lengths[6:] == [16, 16, 19]
