@@ -8,7 +8,7 @@ import torch
 from transformer_inputs import random_inputs, relative_error, tiny_transformer
 
 from diffusers_localdit import transformer_localdit
-from diffusers_localdit.transformer_localdit import LocalDiTCrossAttention
+from diffusers_localdit.transformer_localdit import LocalDiTCrossAttention, LocalDiTStepCache
 
 # Height, width and text tokens: square and not, windows that fit and not, one of the sizes turned round.
 SIZES = [(16, 16, 7), (16, 24, 7), (24, 16, 7), (20, 12, 9), (32, 32, 12), (18, 26, 5), (40, 16, 7)]
@@ -23,12 +23,15 @@ def fresh_compiler():
 
 @torch.no_grad()
 def outputs(model) -> list[torch.Tensor]:
-    """Two steps at each size."""
-    return [
-        model(**random_inputs(height, width, text_tokens=text_tokens, seed=step)).sample
-        for height, width, text_tokens in SIZES
-        for step in range(2)
-    ]
+    """Two steps at each size, with a cache for what does not change between them, as pipelines have one."""
+    samples = []
+    for height, width, text_tokens in SIZES:
+        cache, inputs = LocalDiTStepCache(), random_inputs(height, width, text_tokens=text_tokens)
+        for step in range(2):
+            new = random_inputs(height, width, text_tokens=text_tokens, seed=step)
+            inputs |= {name: new[name] for name in ("hidden_states", "timestep")}
+            samples.append(model(**inputs, step_cache=cache).sample)
+    return samples
 
 
 def assert_close(compiled, eager):
