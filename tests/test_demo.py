@@ -27,7 +27,7 @@ from diffusers_localdit.png_settings import read_settings, settings_chunks
 gradio = pytest.importorskip("gradio", reason="the demo needs gradio (extra demo)")
 from demo_server import ask, download, free_port, serving_bundled_model  # noqa: E402
 
-from diffusers_localdit.demo.app import KEPT_PICTURES, Page, launch  # noqa: E402
+from diffusers_localdit.demo.app import BUNDLED_NOTE, KEPT_PICTURES, Page, launch  # noqa: E402
 
 SETTINGS = {
     "prompt": "a red circle on a white background",
@@ -274,12 +274,15 @@ class TestPage:
         values = {name: control.value for name, control in page.text_form.controls.items()}
         assert (values["guidance_scale"], values["negative_prompt"]) == (1.5, "")
         assert (values["width"], values["height"], values["steps"]) == (128, 128, 20)
+        assert BUNDLED_NOTE in page.header()
 
         LocalDiTPipeline(**make_components(tmp_path)).save_pretrained(tmp_path / "tiny")
         monkeypatch.chdir(tmp_path)
         other = Page(Painter("tiny", "float32", "cpu"), [])
         assert other.painter.made_by["model"] == str(tmp_path / "tiny")
-        assert "tiny, " in other.header() and str(tmp_path) not in other.header()
+        assert (
+            BUNDLED_NOTE not in other.header() and "tiny, " in other.header() and str(tmp_path) not in other.header()
+        )
         values = {name: control.value for name, control in other.image_form.controls.items()}
         assert (values["guidance_scale"], values["width"], values["strength"]) == (7.0, 128, 0.8)
 

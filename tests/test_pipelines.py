@@ -387,8 +387,9 @@ class TestPrompts:
             encoded = dict(zip(names, encoder.encode_prompt(PROMPT)))
         sampler = quiet(type(pipe).from_pretrained(tmp_path, text_encoder=None, tokenizer=None))
         assert torch.equal(latents_of(sampler, None, **encoded), latents_of(pipe))
-        with pytest.raises(ValueError, match="no text encoder"):
-            latents_of(sampler)
+        for guidance_scale in (7.0, 1.0):  # also where there is nothing else to encode
+            with pytest.raises(ValueError, match="no text encoder"):
+                latents_of(sampler, guidance_scale=guidance_scale)
         with pytest.raises(ValueError, match=r"guidance_scale=1\.0"):
             latents_of(sampler, None, **{name: encoded[name] for name in names[:2]})
 
