@@ -280,9 +280,8 @@ class TestPage:
         monkeypatch.chdir(tmp_path)
         other = Page(Painter("tiny", "float32", "cpu"), [])
         assert other.painter.made_by["model"] == str(tmp_path / "tiny")
-        assert (
-            BUNDLED_NOTE not in other.header() and "tiny, " in other.header() and str(tmp_path) not in other.header()
-        )
+        header = other.header()
+        assert "tiny, " in header and str(tmp_path) not in header and BUNDLED_NOTE not in header
         values = {name: control.value for name, control in other.image_form.controls.items()}
         assert (values["guidance_scale"], values["width"], values["strength"]) == (7.0, 128, 0.8)
 

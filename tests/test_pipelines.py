@@ -952,21 +952,22 @@ class TestSaveAndLoad:
         assert torch.equal(latents_of(loaded), latents_of(image_to_image))
 
 
-def test_vae_of_another_scale(components):
+@pytest.mark.parametrize(
+    "pipeline, start, side", [(LocalDiTPipeline, {}, 32), (LocalDiTImg2ImgPipeline, {"image": PICTURE}, 128)]
+)
+def test_vae_of_another_scale(pipeline, start, side, components):
     """One of two levels, which makes one of 2 x 2 pixels, not of 8 x 8."""
     torch.manual_seed(0)
     vae = components["vae"]
     config = dict(vae.config) | {"block_out_channels": (8, 8)}
     config |= {f"{way}_block_types": config[f"{way}_block_types"][:2] for way in ("down", "up")}
-    parts = components | {"vae": type(vae).from_config(config).eval()}
-    for pipeline, start, size in ((LocalDiTPipeline, {}, 32), (LocalDiTImg2ImgPipeline, {"image": PICTURE}, 128)):
-        pipe = quiet(pipeline(**parts))
-        settings = {"num_inference_steps": STEPS, "generator": seeded(0)} | start
-        assert pipe(PROMPT, **settings).images[0].size == (size, size)
-        sizes = {"height": 36, "width": 52, "use_resolution_binning": False}
-        assert pipe(PROMPT, **settings, **sizes).images[0].size == (52, 36)
-        with pytest.raises(ValueError, match="multiple"):
-            pipe(PROMPT, **settings, **sizes | {"height": 38})
+    pipe = quiet(pipeline(**components | {"vae": type(vae).from_config(config).eval()}))
+    settings = {"num_inference_steps": STEPS, "generator": seeded(0)} | start
+    assert pipe(PROMPT, **settings).images[0].size == (side, side)
+    sizes = {"height": 36, "width": 52, "use_resolution_binning": False}
+    assert pipe(PROMPT, **settings, **sizes).images[0].size == (52, 36)
+    with pytest.raises(ValueError, match="multiple"):
+        pipe(PROMPT, **settings, **sizes | {"height": 38})
 
 
 class TestLora:

@@ -126,7 +126,7 @@ class TrainingSettings:
             raise ValueError("adam_beta2 must be less than 1: AdamW would divide by 0")
         for name in ("max_grad_norm", "snr_gamma"):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be more than 0, with which nothing is learnt; none turns it off")
+                raise ValueError(f"{name} must be more than 0, or none, but is 0, with which nothing is learnt")
         if self.snr_gamma is not None and self.p2_gamma is not None:
             raise ValueError("snr_gamma and p2_gamma are two ways to weight the same loss: set one of them to none")
 
