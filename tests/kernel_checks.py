@@ -158,12 +158,12 @@ def check_window_attention(
     assert_same(
         unpacked(
             lambda q, k, v, a, b, t: ops.local_window_attention(
-                q, k, v, a, b, t, *rotary, *indices, window_size, 1e-10, 0.5, with_maps
+                q, k, v, a, b, t, *rotary, *indices, window_size, 0.1, 0.5, with_maps
             )
         ),
         unpacked(
             lambda q, k, v, a, b, t: reference.local_window_attention(
-                q, k, v, a, b, t, *rotary, *indices, window_size, 1e-10, 0.5, with_maps
+                q, k, v, a, b, t, *rotary, *indices, window_size, 0.1, 0.5, with_maps
             )
         ),
         [
@@ -193,7 +193,7 @@ def check_window_attention(
         [random_tensor(seed, batch_size, length, channels) for seed in (1, 9, 10)],
         [*(random_tensor(seed, head_dim) for seed in (2, 3)), bias_table],
         dtype,
-        (*rotary, *indices, window_size, 1e-10, 0.5, with_maps),
+        (*rotary, *indices, window_size, 0.1, 0.5, with_maps),
     )
 
 
@@ -249,17 +249,18 @@ def test_window_attention(height, width, window_size, layer, **arguments):
 
 
 @pytest.mark.parametrize(
-    "height, width, window_size, shift, heads, head_dim, dtype",
+    "height, width, window_size, shift, heads, head_dim, batch_size, dtype",
     [
-        pytest.param(3, 4, 2, 1, 1, 8, torch.float32, id="smallest-window"),
-        pytest.param(4, 6, 4, 1, 1, 72, torch.bfloat16, id="head-in-two-blocks"),
-        pytest.param(7, 9, 8, 3, 1, 8, torch.bfloat16, id="64-rows"),
-        pytest.param(7, 5, 6, 4, 1, 8, torch.float32, id="two-tiles"),
-        pytest.param(3, 2, 9, 8, 1, 8, torch.float32, id="three-tiles-mostly-padding"),
+        pytest.param(3, 4, 2, 1, 1, 8, 1, torch.float32, id="smallest-window"),
+        pytest.param(4, 6, 4, 1, 1, 72, 1, torch.bfloat16, id="head-in-two-blocks"),
+        pytest.param(7, 9, 8, 3, 1, 8, 1, torch.bfloat16, id="64-rows"),
+        pytest.param(7, 5, 6, 4, 1, 8, 1, torch.float32, id="two-tiles"),
+        pytest.param(3, 6, 6, 2, 2, 8, 2, torch.float32, id="two-tiles-of-heads-and-samples"),
+        pytest.param(3, 2, 9, 8, 1, 8, 1, torch.float32, id="three-tiles-mostly-padding"),
     ],
 )
-def test_window_attention_of_shape(height, width, window_size, shift, heads, head_dim, dtype):
-    check_window_attention(height, width, window_size, shift, heads, head_dim, dtype=dtype)
+def test_window_attention_of_shape(height, width, window_size, shift, heads, head_dim, batch_size, dtype):
+    check_window_attention(height, width, window_size, shift, heads, head_dim, batch_size, dtype)
 
 
 @pytest.mark.parametrize("window_size", [2, 4, 7, 8, 16])
@@ -287,6 +288,46 @@ def test_cuda_kernels(cuda_launches, height, width, shift, heads, batch_size, dt
     )
     context = {"window4_context"} if with_maps else set()
     assert set(cuda_launches) == {"window4_local", "window4_backward"} | context
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """A copy that begins half of 16 bytes after an address at which 16 bytes can be read at once."""
+    numbers = 8 // x.itemsize
+    return torch.cat([x.new_zeros(numbers), x.flatten()])[numbers:].view(x.shape)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize(
+    "odd", [None, "query", "key", "value", "norm_q", "norm_k", "bias_table", "rotary_cos", "rotary_sin", "rows", "batch"]
+)
+def test_cuda_kernels_are_left_out_where_16_bytes_cannot_be_read_at_once(odd, cuda_launches):
+    packed = random_tensor(1, 2, 17, 224).bfloat16()[:, :16, : 224 if odd == "batch" else 216]
+    if odd == "rows":
+        packed = random_tensor(1, 2, 16, 220).bfloat16()[..., :216]
+    elif odd == "batch":
+        packed = packed.as_strided(packed.shape, (17 * 224 - 4, 224, 1))
+    query, key, value = packed[..., :216].chunk(3, dim=-1)
+    if odd in ("query", "key", "value"):
+        query, key, value = (x.contiguous() for x in (query, key, value))
+    geometry = window_geometry(4, 4, 4, 1, rotary_table(4, 4, 72, DEVICE), DEVICE)
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "norm_q": random_tensor(2, 72),
+        "norm_k": random_tensor(3, 72),
+        "bias_table": random_tensor(4, 49, 1),
+        "rotary_cos": geometry.rotary_cos,
+        "rotary_sin": geometry.rotary_sin,
+    }
+    if odd in tensors:
+        tensors[odd] = moved(tensors[odd])
+    rest = (geometry.map_to_token, geometry.token_to_window, 4, 0.1, 0.5, False)
+    output = ops.local_window_attention(*tensors.values(), *rest)[0]
+    expected = reference.local_window_attention(*(x.double() for x in tensors.values()), *rest)[0]
+    assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
+    assert cuda_launches == (["window4_local"] if odd is None else [])
 
 
 @torch.no_grad()
@@ -389,33 +430,36 @@ def test_table_gradient_of_more_programs_than_are_summed_at_a_time():
     assert relative_error(actual, expected) < TOLERANCE[torch.float32]
 
 
-def test_operators_are_well_formed():
+@pytest.mark.parametrize("with_maps", [True, False])
+def test_operators_of_the_local_branch_are_well_formed(with_maps):
+    """With tokens in half precision and parameters in float32, as under autocast."""
     geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
-    indices = (geometry.map_to_token, geometry.token_to_window)
-    tokens = [random_tensor(i, 1, 4, 8).requires_grad_() for i in range(3)]
-    maps = [random_tensor(i, 1, 2, 2, 8).requires_grad_() for i in range(3)]
-    weights = [random_tensor(i, 8).requires_grad_() for i in range(2)]
+    tokens = [random_tensor(i, 1, 4, 8).bfloat16().requires_grad_() for i in range(3)]
+    parameters = [random_tensor(i, *shape).requires_grad_() for i, shape in enumerate([(8,), (8,), (9, 1)])]
+    rest = (None, None, geometry.map_to_token, geometry.token_to_window, 2, 1e-10, 1.0, with_maps)
+    torch.library.opcheck(ops.local_window_attention, (*tokens, *parameters, *rest))
+    query, key, value, *parameters = (x.detach() for x in (*tokens, *parameters))
+    # Compiled graphs rely on what the backward operator's fake says of strides, too.
+    maps = [random_tensor(i, *((1, 2, 2, 8) if with_maps else (0,))).bfloat16() for i in range(2)]
+    arguments = (random_tensor(6, 1, 4, 8).bfloat16(), *maps, query, key, value, *parameters, *rest)
+    torch.library.opcheck(ops.local_window_attention_backward, arguments)
+    torch.library.opcheck(ops.local_window_attention_, (query.clone(), key, value, *parameters, *rest))
+
+
+def test_operators_of_the_context_branch_are_well_formed():
+    geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
+    rest = (geometry.map_to_token, geometry.token_to_window, 2, 1.0)
+    maps = [random_tensor(i, 1, 2, 2, 8).bfloat16().requires_grad_() for i in range(3)]
+    residual = random_tensor(4, 1, 4, 8).bfloat16().requires_grad_()
     table = random_tensor(5, 9, 1).requires_grad_()
-    convolution = random_tensor(6, 8, 1, 3, 3).requires_grad_()
-    torch.library.opcheck(
-        ops.local_window_attention, (*tokens, *weights, table, None, None, *indices, 2, 1e-10, 1.0, True)
-    )
-    torch.library.opcheck(ops.context_window_attention, (*maps, table, tokens[0], *indices, 2, 1.0))
+    convolution = random_tensor(6, 8, 1, 3, 3).bfloat16().requires_grad_()
+    torch.library.opcheck(ops.context_window_attention, (*maps, table, residual, *rest))
     torch.library.opcheck(ops.depthwise_gelu, (maps[0], convolution))
-    # Compiled graphs rely on what the backward operators' fakes say of strides, too.
-    detached = [x.detach() for x in (*maps, *tokens, table, convolution)]
-    *maps, grad_output, query, key, table, convolution = detached
-    norms = (x.detach() for x in weights)
-    rest = (table, None, None, *indices, 2, 1e-10, 1.0, True)
-    torch.library.opcheck(
-        ops.local_window_attention_backward, (grad_output, *maps[:2], query, key, query, *norms, *rest)
-    )
-    torch.library.opcheck(ops.context_window_attention_backward, (grad_output, *maps, table, *indices, 2, 1.0))
+    *maps, residual, table, convolution = (x.detach() for x in (*maps, residual, table, convolution))
+    torch.library.opcheck(ops.context_window_attention_backward, (residual, *maps, table, *rest))
     torch.library.opcheck(ops.depthwise_gelu_backward, (maps[0], maps[0][:, 0, 0], maps[1], convolution))
     squeeze, excite, pointwise = (random_tensor(i, *shape) for i, shape in enumerate([(2, 8), (8, 2), (8, 8)]))
     torch.library.opcheck(ops.query_stage_, (maps[0].clone(), convolution, squeeze, excite, pointwise))
-    norms = (x.detach() for x in weights)
-    torch.library.opcheck(ops.local_window_attention_, (query.clone(), key, query, *norms, *rest))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="threads on a CPU need no context")
