@@ -299,7 +299,8 @@ def moved(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.skipif(DEVICE.type == "cpu" and shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize(
-    "odd", [None, "query", "key", "value", "norm_q", "norm_k", "bias_table", "rotary_cos", "rotary_sin", "rows", "batch"]
+    "odd",
+    [None, "query", "key", "value", "norm_q", "norm_k", "bias_table", "rotary_cos", "rotary_sin", "rows", "batch"],
 )
 def test_cuda_kernels_are_left_out_where_16_bytes_cannot_be_read_at_once(odd, cuda_launches):
     packed = random_tensor(1, 2, 17, 224).bfloat16()[:, :16, : 224 if odd == "batch" else 216]
@@ -328,6 +329,23 @@ def test_cuda_kernels_are_left_out_where_16_bytes_cannot_be_read_at_once(odd, cu
     expected = reference.local_window_attention(*(x.double() for x in tensors.values()), *rest)[0]
     assert relative_error(output, expected) < TOLERANCE[torch.bfloat16]
     assert cuda_launches == (["window4_local"] if odd is None else [])
+
+
+@torch.no_grad()
+def test_parts_of_a_packed_tensor_are_read_where_they_are(monkeypatch):
+    read = []
+
+    def serves(common, *others):
+        read.extend(common[f"{name}_ptr"].data_ptr() for name in ("query", "key", "value"))
+        return False
+
+    monkeypatch.setattr(window4, "serves", serves)
+    parts = random_tensor(1, 1, 4, 24).chunk(3, dim=-1)
+    geometry = window_geometry(2, 2, 2, 1, (None, None), DEVICE)
+    parameters = [random_tensor(i, *shape) for i, shape in enumerate([(8,), (8,), (9, 1)])]
+    rest = (None, None, geometry.map_to_token, geometry.token_to_window, 2, 1e-10, 1.0, False)
+    ops.local_window_attention(*parts, *parameters, *rest)
+    assert read == [x.data_ptr() for x in parts]
 
 
 @torch.no_grad()
