@@ -93,7 +93,7 @@ def resize_and_crop(
         image (`PIL.Image.Image`): In RGB.
         height (`int`): In pixels, of the result.
         width (`int`): In pixels, of the result.
-        crop (`"center"` or `"random"`): Where the part lies; to whole pixels of `image`.
+        crop (`"center"` or `"random"`, defaults to `"center"`): Where the part lies; to whole pixels of `image`.
         generator (`torch.Generator`, *optional*): Chooses the place of a random crop.
 
     Returns:

@@ -62,7 +62,8 @@ def precompute(
         image_size (`int`): Side in pixels of the square pictures, or of a square of the same area.
         pipeline (`str`, defaults to the bundled model): Folder or repository id that has the VAE and the text encoder.
         aspect_ratio_buckets (`bool`, defaults to `False`): Keep the pictures' shapes about as they are.
-        crop (`"center"` or `"random"`): Where pictures are cut to size; at random as in the first epoch of training.
+        crop (`"center"` or `"random"`, defaults to `"center"`):
+            Where pictures are cut to size; at random as in the first epoch of training.
         samples_per_shard (`int`, defaults to 1000): How many samples of the source make a shard.
         seed (`int`, defaults to 0): Seed of random crops.
         batch_size (`int`, defaults to 16): How many pictures and captions are encoded at a time.

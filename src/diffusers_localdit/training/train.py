@@ -107,7 +107,7 @@ def train(
 
     Args:
         settings ([`TrainingSettings`]): All of it.
-        stop (`Callable`): Asked after each step whether to save and return.
+        stop (`Callable`, *optional*): Asked after each step whether to save and return; never, if not given.
         build (`Callable`, defaults to `build_transformer`): Makes the model that is trained.
 
     Raises:
