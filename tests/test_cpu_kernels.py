@@ -541,6 +541,13 @@ class TestInstallation:
         model.reset_attention_backend()
         assert why_not_cpu_kernels(model) is None
 
+    def test_a_sequence_that_devices_share(self, monkeypatch):
+        """diffusers gives the processors the configuration of context parallelism."""
+        model = tiny_transformer(num_layers=2)
+        processor = model.transformer_blocks[1].cross_attn.processor
+        monkeypatch.setattr(processor, "_parallel_config", "some", raising=False)
+        assert "context parallelism is on" in why_not_cpu_kernels(model)
+
     @pytest.mark.parametrize("changes", [{"avx2": False}, {"fma3": False}])
     def test_an_old_processor(self, changes, monkeypatch):
         capabilities = torch.cpu.get_capabilities()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import LayerSkipConfig, PyramidAttentionBroadcastConfig, apply_layer_skip
 from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -271,17 +272,24 @@ def test_slabs_change_nothing(use_global_context, height, width, device, monkeyp
 
 @torch.no_grad()
 def test_slabs_leave_inputs_alone_and_hooks_see_whole_sequences(monkeypatch):
-    """Results overwrite what nobody else has; hooks, and diffusers' caches by theirs, count one call a pass."""
+    """Results overwrite what nobody else has; hooks, accelerate's and those of diffusers' caches, count calls."""
     monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 16 * 24)
     model, inputs = tiny_transformer(), random_inputs()
     before = map_tensors(torch.clone, inputs)
     expected = model(**inputs).sample
     assert all(torch.equal(inputs[name], before[name]) for name in before if name != "added_cond_kwargs")
     shapes, kept = [], []
+
+    class AcceleratesHook(ModelHook):
+        def post_forward(self, module, output):
+            shapes.append(output.shape)
+            return output
+
     model.transformer_blocks[1].cross_attn.register_forward_hook(lambda *args: shapes.append(args[2].shape))
     model.transformer_blocks[2].attn.register_forward_hook(lambda *args: kept.append((args[2], args[2].clone())))
+    add_hook_to_module(model.transformer_blocks[0].ff, AcceleratesHook())
     assert relative_error(model(**inputs).sample, expected) < 1e-6
-    assert shapes == [(2, 64, 24)]
+    assert shapes == [(2, 64, 24)] * 2
     assert torch.equal(*kept[0])
 
     config = PyramidAttentionBroadcastConfig(
