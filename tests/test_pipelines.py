@@ -657,8 +657,11 @@ class TestBinning:
         sizes = {"height": 64, "width": 96}
         assert torch.equal(latents_of(pipe, use_resolution_binning=True, **sizes), latents_of(pipe, **sizes))
 
-    def test_every_bin_is_a_valid_size(self):
-        for table in ASPECT_RATIO_BINS.values():
+    @pytest.mark.parametrize("module", [pipeline_localdit, pipeline_localdit_img2img])
+    def test_every_bin_is_a_valid_size(self, module):
+        assert [*module.ASPECT_RATIO_BINS] == [256, 512, 1024, 2048]
+        for side, table in module.ASPECT_RATIO_BINS.items():
+            assert table["1.0"] == [side, side]
             assert all(height % 16 == 0 == width % 16 for height, width in table.values())
 
 

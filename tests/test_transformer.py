@@ -850,7 +850,8 @@ def test_impossible_configurations_are_refused(config, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hidden_states": torch.zeros(2, 4, 15, 16)}, "multiples of the patch size 2"),
+        ({"hidden_states": torch.zeros(2, 4, 15, 16)}, "multiples of the patch size 2 but has 15 x 16"),
+        ({"hidden_states": torch.zeros(2, 4, 16, 15)}, "multiples of the patch size 2 but has 16 x 15"),
         ({"added_cond_kwargs": None}, "added_cond_kwargs"),
         ({"added_cond_kwargs": {"resolution": torch.zeros(2, 2)}}, "aspect_ratio"),
         ({"encoder_attention_mask": torch.ones(2, 3)}, r"here \(2, 7\), but has \(2, 3\)"),
