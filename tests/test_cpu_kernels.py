@@ -155,6 +155,37 @@ def test_nothing_next_to_a_tensor_is_touched(
     assert guards.calls >= 8
 
 
+def test_sanitizers_have_nothing_to_say(tmp_path):
+    """Of the kernels' own memory, which is next to no tensor, and of behaviour that is not defined."""
+    sanitizers = [
+        subprocess.run([cpu.COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(path).is_absolute() for path in sanitizers):
+        pytest.skip("there are no sanitizers")
+    program = """
+import ctypes, sys
+from diffusers_localdit.kernels import cpu
+from test_cpu_kernels import check_attention
+
+cpu.OPTIONS += ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+library = ctypes.CDLL(str(cpu.compiled(sys.argv[1:])))
+cpu.load_library = lambda: library
+for dtype in cpu.DTYPES:
+    for window_size, head_dim in ((2, 8), (3, 20), (4, 72), (7, 12)):
+        check_attention(5, 9, 1, 2, dtype, slab=40, window_size=window_size, head_dim=head_dim, heads=3)
+"""
+    environment = {
+        "LD_PRELOAD": " ".join(sanitizers),
+        "ASAN_OPTIONS": "detect_leaks=0",  # of other libraries
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    for options in {tuple(INSTRUCTIONS), ("-mfma", "-mavx2")}:
+        process = python("-c", program, *options, **environment)
+        assert process.returncode == 0, process.stderr[-4000:]
+
+
 def test_what_may_not_be_touched_ends_the_process():
     program = """
 from ctypes import c_char
