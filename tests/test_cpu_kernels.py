@@ -155,6 +155,22 @@ def test_nothing_next_to_a_tensor_is_touched(
     assert guards.calls >= 8
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("use_global_context, most", [(True, 5.3), (False, 1.6)])
+def test_memory_of_a_pass(use_global_context, most, monkeypatch):
+    """By tokens of the picture: with global context the result is not there before the query stages are done."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from transformer import peak_bytes
+
+    monkeypatch.setattr(transformer_localdit, "SLAB_NUMBERS", 256 * 96)
+    attn = random_attention(heads=4, head_dim=24, use_global_context=use_global_context)
+    geometry = window_geometry(64, 64, 4, 1, rotary_table(64, 64, 24, CPU), CPU)
+    attn.set_processor(LocalDiTCPUAttnProcessor())
+    tokens = torch.randn(1, 64 * 64, 96)
+    attn(tokens, geometry)  # what is computed once is no part of a pass
+    assert peak_bytes(lambda: attn(tokens, geometry), CPU) < most * tokens.nbytes
+
+
 def test_sanitizers_have_nothing_to_say(tmp_path):
     """Of the kernels' own memory, which is next to no tensor, and of behaviour that is not defined."""
     sanitizers = [
