@@ -16,7 +16,7 @@ WATCHED = ["-fsanitize=kernel-address"]
 for parameter in ("asan-instrumentation-with-call-threshold", "asan-stack", "asan-globals"):
     WATCHED += ["--param", f"{parameter}=0"]
 # An index that is outside of an array ends the process.
-WATCHED += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]
+WATCHED += ["-fsanitize=bounds,object-size", "-fsanitize-undefined-trap-on-error"]
 SOURCE = Path(window4.__file__).with_name("window4.cu")
 
 
