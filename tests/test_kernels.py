@@ -68,6 +68,15 @@ def test_without_cuda_there_is_a_reason():
     assert why_not_triton(model.to("meta")) is not None
 
 
+@pytest.mark.parametrize("capability, serves", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_before_ampere_is_too_old(capability, serves, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = why_not_triton(tiny_transformer(num_layers=1), torch.device("cuda"))
+    assert reason is None if serves else "compute capability 8.0 (Ampere) or later" in reason
+
+
 def test_without_a_compiler_for_cuda_triton_serves(monkeypatch, caplog):
     pytest.importorskip("triton")
     from diffusers_localdit.kernels import window4
