@@ -1,4 +1,4 @@
-"""What docstrings say of arguments is so: their names, their order and their defaults. Read, not imported."""
+"""What docstrings say of arguments is so: their names and their defaults. Modules are read, not imported."""
 
 import ast
 import re
